@@ -1,0 +1,493 @@
+"""
+GPT-2 whose LayerNorm can be taken out. The whole model, in one file: the LayerNorm switch first, then the
+transformer around it, then folding, loading and saving.
+
+    model = GPT2.from_pretrained('gpt2', ln_mode='fake')   # a hub id, a Hugging Face folder, or a run's out_dir
+    logits, loss = model(idx, targets)                     # idx, targets: (B, T) int64
+
+`ln_mode` says what stands where GPT-2 has a LayerNorm:
+    'real'   LayerNorm, numerically GPT-2's
+    'fake'   LayerNorm with a gate at every site: 0 divides by the token's own std, 1 by a frozen constant
+    'none'   nothing. The constants are folded into the weights; no LN operation and no LN parameter is left
+
+The method: Heimersheim 2024, arXiv 2409.13710, and Baroni et al. 2025, arXiv 2507.02559.
+"""
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class BadInput(ValueError):
+    """Something a person can mend. The scripts print it as one line and exit with status 2."""
+
+
+@dataclass
+class GPT2Config:
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    ln_mode: str = 'real'               # 'real', 'fake' or 'none'
+    layer_norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = True    # lm_head shares wte's weight ('none' never does: folding unties it)
+    eot_token_id: int | None = None     # end-of-text; None: the vocabulary's last token, as in GPT-2
+
+    def __post_init__(self):
+        if self.ln_mode not in ('real', 'fake', 'none'):
+            raise BadInput(f"ln_mode is {self.ln_mode!r}; expected 'real', 'fake' or 'none'")
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise BadInput(f"{name} is {value!r}; expected a whole number of at least 1")
+        if self.n_embd % self.n_head:
+            raise BadInput(f"n_embd is {self.n_embd}, n_head {self.n_head}; expected n_embd to be a multiple of n_head")
+        if self.ln_mode == 'none':
+            self.tie_word_embeddings = False
+        if self.eot_token_id is None:
+            self.eot_token_id = self.vocab_size - 1
+
+# -----------------------------------------------------------------------------
+# The LayerNorm switch.
+#
+#   real LN      y = (x - mean(x)) / sigma(x) * w + b          sigma(x) = sqrt(var(x) + eps), one number a token
+#   removed LN   y = (x - mean(x)) / s        * w + b          s: a frozen constant, so y is affine in x
+#   in between   y = (x - mean(x)) * ((1-g)/sigma(x) + g/s) * w + b                 g in [0, 1]: the site's gate
+#
+# s depends on the kind of token. Trained GPT-2s park a huge vector at position 0 and at end-of-text; one constant
+# for all tokens would break them. Late in a removal the special constants are set equal to the ordinary one.
+#
+# ln_1 is read twice, by queries/keys and by values, and the two sides are removed at different times: two gates.
+# Gates and constants are buffers: they travel in the state dict, and torch.compile treats them as data, so that
+# moving a gate changes no graph.
+
+TOKEN, BOS, EOT = 0, 1, 2           # kinds of token: ordinary; position 0; end-of-text (also at position 0)
+KINDS = ('token', 'bos', 'eot')
+HF_EPS = 1e12                       # the published LN-free models' layer_norm_epsilon: sqrt(var + 1e12) is just 1e6
+
+
+class LayerNorm(nn.Module):
+
+    def __init__(self, config, sides=('',)):
+        super().__init__()
+        self.mode, self.eps, self.sides = config.ln_mode, config.layer_norm_epsilon, sides
+        if self.mode != 'none':
+            self.weight = nn.Parameter(torch.ones(config.n_embd))
+            self.bias = nn.Parameter(torch.zeros(config.n_embd))
+        if self.mode == 'fake':         # on the CPU even where the parameters are made on 'meta' (see _build)
+            self.register_buffer('gate', torch.zeros(len(sides), device='cpu'))
+            self.register_buffer('std', torch.ones(len(KINDS), device='cpu'))
+
+    def forward(self, x, kind=None, stds=None):
+        """x (B, T, C) -> a list with one (B, T, C) tensor for each side that reads this LN.
+
+        kind (B, T), the kinds of token, is needed by 'fake' only. stds: a list to which sigma(x) (B, T) is added.
+        """
+        if stds is not None and self.mode != 'none':
+            stds.append((x.float().var(-1, correction=0) + self.eps).sqrt())
+        if self.mode == 'none':
+            return [x] * len(self.sides)
+        if self.mode == 'real':
+            return [F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)] * len(self.sides)
+        var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+        centred, inv_sigma = x - mean, torch.rsqrt(var + self.eps)          # (B, T, C), (B, T, 1)
+        inv_s = (1 / self.std)[kind].unsqueeze(-1)                          # (B, T, 1)
+        return [torch.addcmul(self.bias, centred * ((1 - g) * inv_sigma + g * inv_s), self.weight) for g in self.gate]
+
+# -----------------------------------------------------------------------------
+# The transformer: GPT-2, with nanoGPT's names.
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head, self.dropout = config.n_head, config.dropout
+
+    def forward(self, x_qk, x_v):
+        B, T, C = x_qk.shape
+        if x_qk is x_v:
+            q, k, v = self.c_attn(x_qk).split(C, dim=2)
+        else:   # each side's own version of ln_1 meets its own rows of the projection: the same work, cut in two
+            (w_qk, w_v), (b_qk, b_v) = (p.split([2 * C, C]) for p in (self.c_attn.weight, self.c_attn.bias))
+            q, k = F.linear(x_qk, w_qk, b_qk).split(C, dim=2)
+            v = F.linear(x_v, w_v, b_v)
+        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        y = y.transpose(1, 2).contiguous().view(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        # GPT-2 uses the tanh form of GELU; the exact one is off by up to 5e-4 a unit, which its logits show
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config, sides=('.qk', '.v'))
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, kind, stds):
+        x = x + self.attn(*self.ln_1(x, kind, stds))
+        x = x + self.mlp(*self.ln_2(x, kind, stds))
+        return x
+
+
+class GPT2(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = LayerNorm(config)
+        # a bias on the unembedding only where ln_f's has been folded into it
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.ln_mode == 'none')
+        self._tie()
+        for name, p in self.named_parameters():     # GPT-2's initialisation
+            if name.endswith('c_proj.weight'):      # 2 * n_layer branches add up in the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+
+    def _tie(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.wte.weight
+
+    def kinds(self, idx):
+        """The kind of each token, TOKEN, BOS or EOT: idx (B, T) -> (B, T) int64."""
+        first = torch.arange(idx.shape[1], device=idx.device) == 0
+        return torch.where(idx == self.config.eot_token_id, EOT, torch.where(first, BOS, TOKEN))
+
+    def forward(self, idx, targets=None, return_stds=False):
+        """idx (B, T) int64 -> logits (B, T, vocab) and the mean cross-entropy in nats, None without targets.
+
+        Targets of -1 are left out of the mean. With `return_stds`, a third value: for each LN in the order of
+        `layernorms()`, sigma of its input, (B, T), differentiable. Raises BadInput if T exceeds block_size.
+        """
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise BadInput(f"got {T} tokens; the model's context (block_size) is {self.config.block_size}")
+        kind = self.kinds(idx) if self.config.ln_mode == 'fake' else None
+        stds = [] if return_stds else None
+        x = self.drop(self.wte(idx) + self.wpe.weight[:T])      # (B, T, C)
+        for block in self.h:
+            x = block(x, kind, stds)
+        logits = self.lm_head(*self.ln_f(x, kind, stds))
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
+        return (logits, loss, stds) if return_stds else (logits, loss)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Samples max_new_tokens after idx (B, T) int64 -> (B, T + max_new_tokens); temperature 0 is greedy."""
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size:])[0][:, -1].float()
+            if top_k is not None:
+                logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -math.inf
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                new = torch.multinomial(F.softmax(logits / temperature, -1), 1)
+            idx = torch.cat((idx, new), 1)
+        return idx
+
+    def num_params(self):
+        """Parameters, the tied unembedding counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self):
+        """FLOPs of one training step per token, forward and backward: 6N + 12LCT (PaLM, arXiv 2204.02311, app. B).
+
+        N: the parameters that multiply, so the embeddings only where they unembed.
+        """
+        c = self.config
+        n = self.num_params() - self.wpe.weight.numel() - (0 if c.tie_word_embeddings else self.wte.weight.numel())
+        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def crop_block_size(self, block_size):
+        """Shortens the context to block_size tokens, by dropping the last position embeddings."""
+        if block_size > self.config.block_size:
+            raise BadInput(f"block_size is {block_size}; the model's context is {self.config.block_size} tokens: "
+                           f"type --block_size={self.config.block_size} or less")
+        self.config.block_size = self.wpe.num_embeddings = block_size
+        self.wpe.weight = nn.Parameter(self.wpe.weight[:block_size].detach().clone())
+
+    # -------------------------------------------------------------------------
+    # Sites: one for each reader of an LN, 3 * n_layer + 1 in all.
+
+    def layernorms(self):
+        """{name: LayerNorm}, in the order in which the forward pass meets them."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, LayerNorm)}
+
+    def sites(self):
+        """{site: its gate}, in the same order: h.0.ln_1.qk, h.0.ln_1.v, h.0.ln_2, ..., ln_f.
+
+        A gate is a 0-d view of the LN's buffer, so `.fill_(1)` removes the site. Needs ln_mode 'fake'.
+        """
+        if self.config.ln_mode != 'fake':
+            raise BadInput(f"a model with ln_mode {self.config.ln_mode!r} has no gates; load it with ln_mode='fake'")
+        return {name + side: ln.gate[i] for name, ln in self.layernorms().items() for i, side in enumerate(ln.sides)}
+
+    def _obstacle(self):
+        """Why this 'fake' model is not LN-free yet, or ''."""
+        left = [site for site, gate in self.sites().items() if gate != 1]
+        if left:
+            return f"{len(left)} of {len(self.sites())} sites still divide by the token's own std, {left[0]} first"
+        special = [name for name, ln in self.layernorms().items() if (ln.std != ln.std[TOKEN]).any()]
+        if special:
+            return f"{special[0]} still has constants of its own for position 0 or end-of-text"
+        return ''
+
+    @torch.no_grad()
+    def fold_ln(self):
+        """The same function as a new 'none' model: every LN absorbed by the linear layer (W, c) that reads it.
+
+            W ((x - mean(x)) / s * w + b) + c  =  W' x + c'
+            W' = (W * w / s) minus its row mean,   c' = c + W b
+
+        (Taking out W's row mean is subtracting x's mean.) Computed in float64, returned in the weights' own dtype.
+        Raises BadInput while a gate is below 1 or a LN has more than one constant.
+        """
+        why = 'it has LayerNorm (ln_mode real)' if self.config.ln_mode == 'real' else \
+              'it is folded already' if self.config.ln_mode == 'none' else self._obstacle()
+        if why:
+            raise BadInput(f'this model cannot be folded: {why}')
+        sd = {k: v.clone() for k, v in self.state_dict().items()}
+        for name, reader in self._readers():
+            w, b, std, gate = (sd.pop(f'{name}.{p}').double() for p in ('weight', 'bias', 'std', 'gate'))
+            W = sd[f'{reader}.weight'].double()
+            Ws = W * (w / std[TOKEN])
+            c = sd.get(f'{reader}.bias', W.new_zeros(len(W))).double()
+            dtype = sd[f'{reader}.weight'].dtype
+            sd[f'{reader}.weight'] = (Ws - Ws.mean(1, keepdim=True)).to(dtype)
+            sd[f'{reader}.bias'] = (c + W @ b).to(dtype)
+        return self._build(replace(self.config, ln_mode='none'), sd, 'the model').train(self.training)
+
+    def _readers(self):
+        """(LN, the linear layer that reads it), by name."""
+        for i in range(self.config.n_layer):
+            yield f'h.{i}.ln_1', f'h.{i}.attn.c_attn'
+            yield f'h.{i}.ln_2', f'h.{i}.mlp.c_fc'
+        yield 'ln_f', 'lm_head'
+
+    # -------------------------------------------------------------------------
+    # Loading and saving. A Hugging Face folder is config.json + model.safetensors, under OpenAI's names, which are
+    # ours, with the four projections of a block transposed (there a Conv1D, here a Linear).
+
+    CONV1D = re.compile(r'(c_attn|c_proj|c_fc)\.weight$')
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir, ln_mode=None, dropout=0.0):
+        """Loads a hub id ('gpt2', 'gpt2-medium', ...), a folder in Hugging Face layout, or a run's out_dir.
+
+        ln_mode None keeps what is there. A folder in the published LN-free convention (layer_norm_epsilon 1e12, LN
+        weights scaled to match) has no LayerNorm, whatever its modules are called: it loads as 'none'.
+        Nothing that is loaded can run code: safetensors, or torch.load with weights_only.
+        Raises BadInput if there is nothing of that name, or it is not a GPT-2, or it cannot be had in that ln_mode.
+        """
+        if os.path.exists(os.path.join(name_or_dir, 'ckpt.pt')):
+            ckpt = load_checkpoint(name_or_dir)
+            return cls.from_state(ckpt['model_args'], ckpt['model'], os.path.join(name_or_dir, 'ckpt.pt'), ln_mode, dropout)
+        folder = name_or_dir if os.path.isdir(name_or_dir) else _from_hub(name_or_dir)
+        args = _read_config(folder)
+        sd = _read_safetensors(folder)
+        ln_free = args['layer_norm_epsilon'] >= 1e6
+        sd = {k.removeprefix('transformer.'): v for k, v in sd.items()}
+        sd = {k: v for k, v in sd.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}   # causal masks
+        sd = {k: v.t() if cls.CONV1D.search(k) and v.dim() == 2 else v for k, v in sd.items()}
+        if args['tie_word_embeddings'] and 'wte.weight' in sd:
+            sd['lm_head.weight'] = sd['wte.weight']
+        if not ln_free:
+            return cls.from_state(args, sd, folder, ln_mode, dropout)
+        # dividing by sqrt(var + 1e12) is dividing by the constant 1e6: a removed LN, ready to be folded
+        std = math.sqrt(args.pop('layer_norm_epsilon'))
+        model = cls.from_state(args, sd, folder, 'fake', dropout)
+        for ln in model.layernorms().values():
+            ln.gate.fill_(1)
+            ln.std.fill_(std)
+        if ln_mode in ('real', 'fake'):
+            raise BadInput(f"{name_or_dir} holds a model without LayerNorm (layer_norm_epsilon {std ** 2:g}): there is "
+                           f"none left to remove or restore; load it with ln_mode='none'")
+        return model.fold_ln()
+
+    @classmethod
+    def from_state(cls, model_args, sd, source, ln_mode=None, dropout=0.0):
+        """A model from GPT2Config's fields and a state dict, turned into ln_mode where that changes no logit."""
+        config = GPT2Config(**{**model_args, 'dropout': dropout})
+        here, want = config.ln_mode, ln_mode or config.ln_mode
+        if here == 'fake' and want == 'real' and not any(v.any() for k, v in sd.items() if k.endswith('.gate')):
+            sd = {k: v for k, v in sd.items() if not k.endswith(('.gate', '.std'))}
+        elif here == 'fake' and want == 'none':
+            return cls._build(config, sd, source).fold_ln()
+        elif here != want and (here, want) != ('real', 'fake'):
+            raise BadInput(f"{source} has ln_mode {here!r} and cannot be loaded as {want!r}")
+        return cls._build(replace(config, ln_mode=want), sd, source)
+
+    @classmethod
+    def _build(cls, config, sd, source):
+        """A model with the tensors of sd, and no memory spent before every name and shape has been checked."""
+        with torch.device('meta'):
+            model = cls(config)
+        fresh = {k: v for k, v in model.named_buffers() if k not in sd}     # gates and constants of a former 'real'
+        sd, expected = {**sd, **fresh}, model.state_dict()
+        for name in sorted(expected.keys() - sd.keys()):
+            raise BadInput(f"{source}: the weights lack {name} ({len(expected.keys() - sd.keys())} tensors missing)")
+        for name in sorted(sd.keys() - expected.keys()):
+            raise BadInput(f"{source}: unexpected tensor {name}: not a GPT-2 of this configuration")
+        for name, t in expected.items():
+            if sd[name].shape != t.shape:
+                raise BadInput(f"{source}: {name} has shape {list(sd[name].shape)}, expected {list(t.shape)}")
+        sd = {k: v.to(torch.float32, copy=False).contiguous() for k, v in sd.items()}
+        model.load_state_dict(sd, assign=True)
+        model.requires_grad_(True)
+        model._tie()        # assigning gave wte and lm_head a parameter each
+        return model
+
+    @torch.no_grad()
+    def save_pretrained(self, folder):
+        """Writes config.json and model.safetensors, which transformers' GPT2LMHeadModel loads as it is.
+
+        Without LayerNorm it keeps its LN modules, in the published convention: epsilon 1e12, so that each divides by
+        1e6 whatever the token, and weights scaled by 1e6 / s. There is one epsilon for the whole model, so a model
+        with some sites removed and others not cannot be written; nor can a 'none' model that was trained after
+        folding, because it may read the residual stream's mean, which those modules subtract: BadInput says so.
+        """
+        c, sd = self.config, {k: v.detach().cpu() for k, v in self.state_dict().items()}
+        ones, ln_free = torch.ones(c.n_embd), c.ln_mode == 'none'
+        if c.ln_mode == 'fake' and any(self.sites().values()):
+            if why := self._obstacle():
+                raise BadInput(f"cannot be written in Hugging Face layout: {why}, and transformers has one epsilon for "
+                               f"all LayerNorms. Finish the removal first; ckpt.pt holds any stage")
+            ln_free = True
+            for name in self.layernorms():
+                sd[f'{name}.weight'] = sd[f'{name}.weight'] * (math.sqrt(HF_EPS) / sd[f'{name}.std'][TOKEN])
+        if c.ln_mode == 'none':
+            for name, reader in self._readers():
+                W = sd[f'{reader}.weight'].double()
+                if (W.sum(1).abs() > 1e-4 * W.norm(dim=1) * math.sqrt(c.n_embd)).any():
+                    raise BadInput(f"cannot be written in Hugging Face layout: {reader} reads the mean of the residual "
+                                   f"stream, which transformers' LayerNorm subtracts; ckpt.pt holds it")
+                sd[f'{name}.weight'], sd[f'{name}.bias'] = ones * math.sqrt(HF_EPS), ones * 0
+            # transformers' lm_head has no bias. Its rows have mean zero and meet vectors of mean zero, so a constant u
+            # added to a row changes nothing, until ln_f adds 1 to each of the C entries: then it adds C u. u = bias / C.
+            sd['ln_f.bias'] = ones
+            sd['lm_head.weight'] = sd['lm_head.weight'] + sd.pop('lm_head.bias')[:, None] / c.n_embd
+        if c.tie_word_embeddings:
+            del sd['lm_head.weight']
+        sd = {k if k == 'lm_head.weight' else f'transformer.{k}': (v.t() if self.CONV1D.search(k) else v).contiguous()
+              for k, v in sd.items() if not k.endswith(('.gate', '.std'))}
+        config = {
+            'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'activation_function': 'gelu_new',
+            'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd, 'n_positions': c.block_size,
+            'vocab_size': c.vocab_size, 'layer_norm_epsilon': HF_EPS if ln_free else c.layer_norm_epsilon,
+            'resid_pdrop': c.dropout, 'embd_pdrop': c.dropout, 'attn_pdrop': c.dropout,
+            'bos_token_id': c.eot_token_id, 'eos_token_id': c.eot_token_id,
+            'tie_word_embeddings': c.tie_word_embeddings, 'dtype': 'float32'}
+        from safetensors.torch import save_file
+        os.makedirs(folder, exist_ok=True)
+        tmp = os.path.join(folder, 'tmp')   # a name means a complete file: write aside, then rename
+        save_file(sd, tmp, metadata={'format': 'pt'})
+        os.replace(tmp, os.path.join(folder, 'model.safetensors'))
+        with open(tmp, 'w') as f:
+            json.dump(config, f, indent=2)
+        os.replace(tmp, os.path.join(folder, 'config.json'))
+
+
+def save_checkpoint(out_dir, model, **extra):
+    """Writes out_dir/ckpt.pt: `model_args`, `model` and what else is given; tensors and plain values only."""
+    tmp = os.path.join(out_dir, 'ckpt.pt.tmp')
+    torch.save({'model_args': asdict(model.config), 'model': model.state_dict(), **extra}, tmp)
+    os.replace(tmp, os.path.join(out_dir, 'ckpt.pt'))
+
+
+def load_checkpoint(out_dir):
+    """The dictionary that save_checkpoint wrote, on the CPU. Raises BadInput if it cannot be read."""
+    path = os.path.join(out_dir, 'ckpt.pt')
+    try:
+        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+        ckpt['model_args'], ckpt['model']
+    except FileNotFoundError:
+        raise BadInput(f"no checkpoint {path}: expected an out_dir in which train.py saved one")
+    except Exception as e:      # torch names damage by many exceptions: RuntimeError, EOFError, UnpicklingError, KeyError
+        raise BadInput(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__})")
+    return ckpt
+
+
+def _from_hub(name):
+    """Downloads a hub model's config and weights into the Hugging Face cache; returns the folder."""
+    from huggingface_hub import snapshot_download
+    nothing = f"{name} names nothing: no folder here"
+    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
+        raise BadInput(f"{nothing}, and not a hub id")
+    try:
+        return snapshot_download(name, allow_patterns=['config.json', 'model*.safetensors*'])
+    except Exception as e:      # the many ways of not being there: offline, unknown, private, a typing error
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise BadInput(f"{nothing}, and not to be had from the Hugging Face hub ({reason})")
+
+
+def _read_config(folder):
+    """GPT2Config's fields from a Hugging Face folder's config.json."""
+    path = os.path.join(folder, 'config.json')
+    try:
+        with open(path) as f:
+            hf = json.load(f)
+        args = dict(block_size=hf.get('n_positions') or hf['n_ctx'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'],
+                    n_head=hf['n_head'], n_embd=hf['n_embd'], layer_norm_epsilon=float(hf.get('layer_norm_epsilon', 1e-5)),
+                    tie_word_embeddings=hf.get('tie_word_embeddings', True))
+    except FileNotFoundError:
+        raise BadInput(f"{folder} has no config.json (nor a ckpt.pt): expected a Hugging Face folder or a run's out_dir")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise BadInput(f"{path} is not a GPT-2's config.json: {type(e).__name__} {e}")
+    # what would change the computation, with the values that this model has
+    for key, good in [('model_type', ('gpt2',)), ('activation_function', ('gelu_new', 'gelu_pytorch_tanh')),
+                      ('n_inner', (None, 4 * args['n_embd'])), ('scale_attn_weights', (True,)),
+                      ('scale_attn_by_inverse_layer_idx', (False,)), ('add_cross_attention', (False,))]:
+        if hf.get(key, good[0]) not in good:
+            raise BadInput(f"{path}: {key} is {hf[key]!r}; this is a model of another architecture, expected {good[0]!r}")
+    eot = hf.get('eos_token_id')
+    args['eot_token_id'] = eot if isinstance(eot, int) and 0 <= eot < args['vocab_size'] else None
+    return args
+
+
+def _read_safetensors(folder):
+    """{name: tensor} of model.safetensors, or of the shards that model.safetensors.index.json lists."""
+    from safetensors.torch import load_file
+    index, files = os.path.join(folder, 'model.safetensors.index.json'), ['model.safetensors']
+    try:
+        if os.path.exists(index):
+            with open(index) as f:
+                files = sorted({os.path.basename(name) for name in json.load(f)['weight_map'].values()})
+        return {k: v for name in files for k, v in load_file(os.path.join(folder, name)).items()}
+    except FileNotFoundError as e:
+        raise BadInput(f"{folder} has no model.safetensors (pickled weights are not read): {e}")
+    except Exception as e:      # safetensors raises a type of its own, and the index may be any JSON
+        raise BadInput(f"{folder}: damaged weights: {type(e).__name__} {e}")

@@ -1,0 +1,308 @@
+"""
+Text -> data/NAME/{train,val}.bin: uint16 token ids, each document followed by end-of-text, and meta.json beside them.
+
+    python prepare.py stdlib --tokenizer=bytes              the Python standard library's source: always there
+    python prepare.py openwebtext --max_tokens=600_000_000  streams just that much from the hub
+    python prepare.py essays/ more.jsonl --name=mine        local .txt, .md, .rst, .py, .jsonl, .parquet, and folders
+    python prepare.py some-user/some-dataset                any hub dataset with a column `text` or `input_ids`
+
+    --name=          the folder under data/                        (default: from the first source)
+    --tokenizer=     gpt2, or bytes: 0-255 and end-of-text 256     (default: gpt2)
+    --max_tokens=    stop there, end-of-text counted               (default: everything)
+    --val_fraction=  of the documents, drawn at random             (default: 0.01; the presets have their own)
+
+A text file is one document, and so is a row of .jsonl or .parquet (the field `text`). One pass, all cores, and memory
+that does not grow with the corpus. Nothing stands under its final name before it is complete.
+"""
+import codecs
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import sysconfig
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from model import BadInput
+
+# name: (hub dataset, val_fraction). OpenWebText is cut as nanoGPT cuts it; the Piles are for evaluation only
+PRESETS = {
+    'openwebtext': ('Skylion007/openwebtext', 0.0005),
+    'pile': ('apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2', 1.0),
+    'pile_filtered': ('lucabaroni/apollo-pile-filtered-10k', 1.0),
+    'stdlib': (None, 0.05),
+}
+TEXT, ROWS = ('.txt', '.md', '.rst', '.py'), ('.jsonl', '.parquet')
+PIECE = 1 << 20     # characters: what is read at once from a text file, and a thread's unit of work
+WINDOW = {'gpt2': 1024, 'bytes': 128}       # GPT-2's context and the demo's
+
+# -----------------------------------------------------------------------------
+
+class Bytes:
+    name, vocab_size, eot = 'bytes', 257, 256
+
+    def encode(self, text):
+        return np.frombuffer(text.encode('utf-8', 'surrogatepass'), np.uint8).astype(np.uint16)
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode('utf-8', 'replace')
+
+
+class GPT2BPE:
+    name, vocab_size, eot = 'gpt2', 50257, 50256
+
+    def __init__(self):
+        import tiktoken
+        try:
+            self.bpe = tiktoken.get_encoding('gpt2')
+        except Exception as e:      # requests' many ways of failing
+            raise BadInput(f"GPT-2's BPE files cannot be had ({type(e).__name__}): tiktoken downloads them once; offline, "
+                           f"point TIKTOKEN_CACHE_DIR to a copy of its cache, or use --tokenizer=bytes")
+        self.decode = self.bpe.decode
+
+    def encode(self, text):
+        """encode_ordinary(text), without the list of Python integers."""
+        try:
+            return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        except UnicodeEncodeError:      # lone surrogates, which JSON can hold
+            return np.array(self.bpe.encode_ordinary(text), np.uint16)
+
+
+def get_tokenizer(name):
+    """'gpt2' or 'bytes' -> an object with name, vocab_size, eot, encode(text) -> uint16 array, decode(ids) -> str."""
+    if name not in ('gpt2', 'bytes'):
+        raise BadInput(f"tokenizer is {name!r}; expected gpt2 or bytes")
+    return GPT2BPE() if name == 'gpt2' else Bytes()
+
+# -----------------------------------------------------------------------------
+# Sources. Each yields (text or token ids, whether the document ends here).
+
+undecodable = 0     # bytes that are not UTF-8, replaced by U+FFFD
+
+
+def _replace(error):
+    global undecodable
+    undecodable += error.end - error.start
+    return '\ufffd' * (error.end - error.start), error.end
+
+
+codecs.register_error('count', _replace)
+
+
+def text_file(path):
+    """A text file in pieces. A cut before a single space between two words never parts what the BPE would join."""
+    rest = ''
+    with open(path, encoding='utf-8', errors='count', newline='') as f:
+        while more := f.read(PIECE):
+            rest += more
+            cuts = [m.end() for m in re.finditer(r'\S(?= \S)', rest[-PIECE // 4:])][-1:] if len(more) == PIECE else []
+            if cuts:
+                cut = len(rest) - min(len(rest), PIECE // 4) + cuts[0]
+                yield rest[:cut], False
+                rest = rest[cut:]
+    yield rest, True
+
+
+def jsonl_file(path):
+    with open(path, encoding='utf-8', errors='count') as f:
+        for n, line in enumerate(f, 1):
+            if line.strip():
+                try:
+                    yield row(json.loads(line), path), True
+                except ValueError as e:
+                    raise BadInput(f"{path}, line {n}: {e if isinstance(e, BadInput) else f'not JSON: {e}'}")
+
+
+def parquet_file(path):
+    import pyarrow.parquet
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+            for r in batch.to_pylist():
+                yield row(r, path), True
+    except pyarrow.ArrowInvalid as e:
+        raise BadInput(f"{path} is not a parquet file: {e}")
+
+
+def row(r, source):
+    """A row's text, or its token ids as GPT-2 numbers them."""
+    for column, kind in (('text', str), ('input_ids', list)):
+        if isinstance(r, dict) and isinstance(r.get(column), kind):
+            return r[column]
+    raise BadInput(f"{source}: expected rows with a string `text` or a list `input_ids`, got "
+                   f"{sorted(r) if isinstance(r, dict) else type(r).__name__}")
+
+
+def hub_dataset(name):
+    from datasets import load_dataset
+    try:
+        rows = load_dataset(name, split='train', streaming=True)
+        yield from ((row(r, name), True) for r in rows)
+    except BadInput:
+        raise
+    except Exception as e:      # offline, unknown, private, without a train split: datasets has an exception for each
+        raise BadInput(f"{name} is no file or folder here, no preset ({', '.join(PRESETS)}), and not to be had from the "
+                       f"Hugging Face hub ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})")
+
+
+def stdlib_files():
+    root = sysconfig.get_paths()['stdlib']
+    for folder, dirs, names in os.walk(root):
+        dirs[:] = sorted(d for d in dirs if d not in ('site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'))
+        yield from (os.path.join(folder, n) for n in sorted(names) if n.endswith('.py'))
+
+
+def local_files(path):
+    if not os.path.isdir(path):
+        return [path]
+    found = [os.path.join(d, n) for d, _, names in os.walk(path) for n in names if n.endswith(TEXT + ROWS)]
+    if not found:
+        raise BadInput(f"nothing to read in {path}: expected files that end in {', '.join(TEXT + ROWS)}")
+    return sorted(found)
+
+
+def documents(sources):
+    """(text or token ids, whether the document ends here) of all sources in order."""
+    for source in sources:
+        if source == 'stdlib':
+            files = stdlib_files()
+        elif os.path.exists(source):
+            files = local_files(source)
+        elif source.endswith(TEXT + ROWS) or source.startswith(('.', '/')) or source.endswith('/'):
+            raise BadInput(f"no such file: {source}")
+        else:
+            yield from hub_dataset(PRESETS.get(source, (source,))[0])
+            continue
+        for path in files:
+            try:
+                yield from (jsonl_file if path.endswith('.jsonl') else parquet_file if path.endswith('.parquet') else text_file)(path)
+            except OSError as e:
+                raise BadInput(f"cannot read {path}: {e.strerror}")
+
+# -----------------------------------------------------------------------------
+
+def encoded(pieces, tokenizer):
+    """(uint16 ids, whether the document ends here), in order, encoded by all cores.
+
+    Threads are enough: tiktoken lets go of the interpreter while it encodes. What is under way is bounded.
+    """
+    def work(batch):
+        return [(tokenizer.encode(p) if isinstance(p, str) else np.array(p, np.uint16), end) for p, end in batch]
+
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        futures, batch, size = deque(), [], 0
+        for p, end in pieces:
+            batch.append((p, end))
+            size += len(p) + 100
+            if size >= PIECE // 4:
+                futures.append(pool.submit(work, batch))
+                batch, size = [], 0
+            if len(futures) > 2 * cores:
+                yield from futures.popleft().result()
+        for future in (*futures, pool.submit(work, batch)):
+            yield from future.result()
+
+
+def prepare(sources, name, tokenizer, max_tokens, val_fraction):
+    from tqdm import tqdm
+    global undecodable
+    undecodable, t0 = 0, time.time()
+    final, tmp = os.path.join('data', name), os.path.join('data', f'.{name}.partial')
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.makedirs(tmp)
+    rng, empty = random.Random(2357), 0
+    counts = {split: {'documents': 0, 'tokens': 0} for split in ('train', 'val')}
+    try:
+        files = {split: open(os.path.join(tmp, f'{split}.bin'), 'w+b') for split in counts}
+        with tqdm(unit=' tokens', unit_scale=True, total=max_tokens, disable=None) as bar:
+            split, length = None, 0
+            for ids, end in encoded(documents(sources), tokenizer):
+                if split is None:   # a document begins
+                    split, length = 'val' if rng.random() < val_fraction else 'train', 0
+                written = sum(c['tokens'] for c in counts.values())
+                if max_tokens and written + len(ids) + 1 >= max_tokens:
+                    ids, end = ids[:max_tokens - written - 1], True
+                length += len(ids)
+                empty += end and length == 0
+                ids = np.append(ids, np.uint16(tokenizer.eot)) if end else ids
+                files[split].write(ids.tobytes())
+                counts[split]['tokens'] += len(ids)
+                counts[split]['documents'] += end
+                bar.update(len(ids))
+                split = None if end else split
+                if max_tokens and written + len(ids) >= max_tokens:
+                    break
+        total = counts['train']['tokens'] + counts['val']['tokens']
+        documents_ = counts['train']['documents'] + counts['val']['documents']
+        if total == documents_:
+            raise BadInput(f"nothing to read in {' '.join(sources)}: {'only empty documents' if total else 'no documents'}")
+        if counts['val']['tokens'] == 0 and val_fraction > 0:
+            # too few documents to draw from, such as a single book: its end is the validation split
+            n = max(int(counts['train']['tokens'] * val_fraction), 1)
+            files['train'].seek(-2 * n, os.SEEK_END)
+            files['val'].write(files['train'].read())
+            files['train'].truncate(2 * (counts['train']['tokens'] - n))
+            counts['train']['tokens'] -= n
+            counts['val']['tokens'] = n
+        for f in files.values():
+            f.close()
+        with open(os.path.join(tmp, 'meta.json'), 'w') as f:
+            json.dump({'tokenizer': tokenizer.name, 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot,
+                       'source': sources, **counts}, f, indent=2)
+        os.makedirs(final, exist_ok=True)
+        for n in ('train.bin', 'val.bin', 'meta.json'):
+            os.replace(os.path.join(tmp, n), os.path.join(final, n))
+    except OSError as e:
+        raise BadInput(f"cannot write {final}: {e}")
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    for split, c in counts.items():
+        print(f"{final}/{split}.bin: {c['tokens']:,} tokens, {c['documents']:,} documents")
+    if empty:
+        print(f"{empty:,} empty documents, kept as an end-of-text each")
+    if undecodable:
+        print(f"{undecodable:,} bytes were not UTF-8 and were replaced")
+    print(f"{time.time() - t0:.1f} s, {total / (time.time() - t0):,.0f} tokens/s, tokenizer {tokenizer.name}")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if '--help' in argv or '-h' in argv or not argv:
+        print(__doc__)
+        return
+    try:
+        options = {'name': '', 'tokenizer': 'gpt2', 'max_tokens': 0, 'val_fraction': -1.0}
+        sources = [a for a in argv if not a.startswith('--')]
+        for arg in argv:
+            if arg.startswith('--'):
+                key, eq, value = arg[2:].partition('=')
+                if key not in options or not eq:
+                    raise BadInput(f"{arg}: expected one of {', '.join(f'--{k}=' for k in options)}")
+                try:
+                    options[key] = type(options[key])(value)
+                except ValueError:
+                    raise BadInput(f"{arg}: {value!r} is not a number")
+        if not sources:
+            raise BadInput("nothing to read: name a preset, a hub dataset, files or folders")
+        tokenizer = get_tokenizer(options['tokenizer'])
+        if '--max_tokens' in ' '.join(argv) and options['max_tokens'] <= WINDOW[tokenizer.name]:
+            raise BadInput(f"--max_tokens={options['max_tokens']} is smaller than a window: expected more than {WINDOW[tokenizer.name]}")
+        fraction = options['val_fraction']
+        if fraction == -1:
+            fraction = PRESETS.get(sources[0], (None, 0.01))[1]
+        if not 0 <= fraction <= 1:
+            raise BadInput(f"--val_fraction={fraction}: expected a number from 0 to 1")
+        name = options['name'] or os.path.splitext(os.path.basename(sources[0].rstrip('/')))[0]
+        prepare(sources, name, tokenizer, options['max_tokens'], fraction)
+    except BadInput as e:
+        print(f"prepare.py: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()

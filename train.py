@@ -1,0 +1,635 @@
+"""
+One training script for everything: from scratch, a control that keeps LayerNorm, LayerNorm removal, evaluation.
+
+    python train.py config/demo_remove_ln.py                        one process, CPU or GPU
+    python train.py config/remove_ln.py --batch_size=8 --out_dir=x  any key of Config can be overridden
+    torchrun --nproc_per_node=8 train.py config/remove_ln.py        the paper's run on 8 GPUs
+    python train.py config/remove_ln.py --init_from=resume          goes on from out_dir/ckpt.pt
+    python train.py --help                                          every key with its default
+
+A run is a pure function of its config: which site loses its LayerNorm when, the learning rate and the batch all follow
+from the iteration number, so any number of processes sees the same global batch, and a resumed run continues as if
+never stopped. out_dir holds ckpt.pt, log.jsonl (one JSON object a line) and, after a removal, hf/: the LN-free model.
+"""
+import ast
+import difflib
+import glob
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model import BOS, EOT, KINDS, TOKEN, BadInput, GPT2, GPT2Config, load_checkpoint, save_checkpoint
+from prepare import get_tokenizer
+
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+
+
+@dataclass
+class Config:
+    # in and out
+    out_dir: str = 'out'
+    dataset: str = 'openwebtext'        # data/NAME/{train,val}.bin, which prepare.py writes
+    init_from: str = 'scratch'          # 'scratch', 'resume', a hub id ('gpt2'), a Hugging Face folder, a run's out_dir
+    control: str = ''                   # out_dir of the run that kept LN, for the summary at the end of a removal
+    eval_interval: int = 100            # iterations; a checkpoint is written after each evaluation
+    eval_iters: int = 400               # windows of block_size tokens, evenly spaced over val.bin; 0: all of it
+    eval_only: bool = False             # evaluate once, write nothing
+    log_interval: int = 10
+    wandb_log: bool = False
+    wandb_project: str = 'remove-ln'
+    wandb_run_name: str = ''
+    # model; all but dropout only from scratch (otherwise they are the loaded model's, and a smaller block_size crops it)
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024
+    dropout: float = 0.0
+    ln_mode: str = 'real'               # 'real' or 'none'; remove_ln makes it 'fake'
+    # batch
+    batch_size: int = 12                # sequences of a micro-step on one process
+    batch_tokens: int = 480 * 1024      # tokens of an iteration, over all processes and micro-steps
+    seed: int = 1337
+    # AdamW, warm-up, cosine
+    max_iters: int = 600000
+    learning_rate: float = 6e-4
+    min_lr: float = 6e-5
+    warmup_iters: int = 2000
+    lr_decay_iters: int = 0             # 0: max_iters
+    decay_lr: bool = True
+    weight_decay: float = 1e-1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0              # 0: off
+    # LayerNorm removal, in iterations: layer i's ln_2 goes at start_ln2 + i * gap_ln2, and so on; a start of -1: never
+    remove_ln: bool = False
+    start_ln2: int = 200
+    gap_ln2: int = 20
+    start_ln1qk: int = 440
+    gap_ln1qk: int = 20
+    start_ln1v: int = 680
+    gap_ln1v: int = 30
+    start_lnf: int = 1040
+    start_eot: int = 1060               # end-of-text's constants become the ordinary ones
+    start_bos: int = 1160               # position 0's too
+    taper_iters: int = 0                # a gate's way from 0 to 1; 0: abrupt
+    aux_loss_weight: float = 0.0        # holds the std before ln_f near its mean
+    # machine
+    device: str = 'auto'                # 'cuda' if there is one, else 'cpu'
+    dtype: str = 'auto'                 # of the forward pass: 'bfloat16' on CUDA where it is native, else 'float32'
+    compile: bool | None = None         # None: on CUDA
+    backend: str = 'auto'               # of torch.distributed: 'nccl' on CUDA, else 'gloo'
+
+
+KEYS = {f.name: f for f in fields(Config)}
+
+
+def load_config(argv):
+    """A config file's assignments, then --key=value in order -> (Config, the keys that were given).
+
+    A config file is read, not executed: each line is `name = value`, where value may be arithmetic on numbers and on
+    names assigned above it. Raises BadInput for anything else.
+    """
+    values = {}
+
+    def put(where, name, value):
+        if name not in KEYS:
+            near = difflib.get_close_matches(name, KEYS, 1, 0)
+            raise BadInput(f"{where}: unknown key {name!r}; the nearest known one is {near[0]!r}")
+        want = KEYS[name].type
+        if want is float and type(value) is int:
+            value = float(value)
+        if not isinstance(value, want) or (want is int and isinstance(value, bool)):
+            kind = getattr(want, '__name__', want)
+            raise BadInput(f"{where}: {name} is {value!r}; expected {kind}, like {name}={KEYS[name].default!r}")
+        values[name] = value
+
+    for arg in argv:
+        if arg.startswith('--'):
+            name, eq, text = arg[2:].partition('=')
+            if not eq:
+                raise BadInput(f"{arg}: expected --key=value")
+            try:
+                value = text if name in KEYS and KEYS[name].type is str else ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                value = text
+            put(arg, name, value)
+            continue
+        try:
+            with open(arg) as f:
+                statements = ast.parse(f.read()).body
+        except OSError:
+            raise BadInput(f"no config file {arg}; there are: {', '.join(sorted(glob.glob('config/*.py')))}")
+        except (SyntaxError, ValueError) as e:
+            raise BadInput(f"{arg}: not a config file: {e}")
+        for s in statements:
+            if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant):   # the docstring
+                continue
+            if not (isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name) and all(
+                    isinstance(n, (ast.Constant, ast.BinOp, ast.UnaryOp, ast.Name, ast.operator, ast.unaryop, ast.Load))
+                    for n in ast.walk(s.value))):
+                raise BadInput(f"{arg}, line {s.lineno}: expected `name = value`, got {ast.unparse(s)!r}")
+            try:
+                value = eval(compile(ast.Expression(s.value), arg, 'eval'), {'__builtins__': {}}, values)
+            except Exception as e:
+                raise BadInput(f"{arg}, line {s.lineno}: {ast.unparse(s)!r}: {e}")
+            put(f'{arg}, line {s.lineno}', s.targets[0].id, value)
+    cfg = Config(**values)
+    for name in ('eval_interval', 'log_interval', 'batch_size', 'block_size', 'batch_tokens', 'max_iters'):
+        if getattr(cfg, name) < 1:
+            raise BadInput(f"{name} is {getattr(cfg, name)}; expected at least 1")
+    for name, good in (('dtype', ('auto', 'float32', 'bfloat16')), ('ln_mode', ('real', 'none'))):
+        if getattr(cfg, name) not in good:
+            raise BadInput(f"{name} is {getattr(cfg, name)!r}; expected one of {', '.join(good)}"
+                           + (" ('fake' comes with --remove_ln=True)" if cfg.ln_mode == 'fake' else ''))
+    return cfg, set(values)
+
+# -----------------------------------------------------------------------------
+# The removal: what happens when, and what happens then.
+
+def schedule(cfg, n_layer):
+    """Every event of a removal, in order: [(iteration, 'remove', site) or (iteration, 'merge', kind)].
+
+    The order of removal is this function: edit it for an order that the start_ and gap_ keys cannot express.
+    """
+    groups = [(cfg.start_ln2, cfg.gap_ln2, 'ln_2'), (cfg.start_ln1qk, cfg.gap_ln1qk, 'ln_1.qk'), (cfg.start_ln1v, cfg.gap_ln1v, 'ln_1.v')]
+    events = [(start + i * gap, 'remove', f'h.{i}.{side}') for start, gap, side in groups if start >= 0 for i in range(n_layer)]
+    events += [(cfg.start_lnf, 'remove', 'ln_f'), (cfg.start_eot, 'merge', 'eot'), (cfg.start_bos, 'merge', 'bos')]
+    return sorted((e for e in events if e[0] != -1), key=lambda e: e[0])
+
+
+def check_schedule(events, cfg, gates, iteration):
+    """Raises BadInput for a schedule that cannot run on a model with these gates {site: float} at this iteration."""
+    length = max(cfg.taper_iters - 1, 0)        # a site that starts at i is fully removed at i + length
+    removals = {}
+    for it, event, name in events:
+        if event == 'remove' and name in removals:
+            raise BadInput(f"the schedule removes {name} twice, at iterations {removals[name]} and {it}")
+        if it < 0 or it + length >= cfg.max_iters:
+            raise BadInput(f"the schedule has {event} {name} at iteration {it}{f' to {it + length}' if length else ''}, outside "
+                           f"the run of max_iters={cfg.max_iters}: change max_iters or the start_ and gap_ keys")
+        if event == 'remove':
+            removals[name] = it
+    if not removals:
+        raise BadInput("remove_ln=True, but every start_ key is -1: nothing would be removed")
+    for site, gate in gates.items():
+        begun = removals.get(site, iteration) < iteration
+        if gate > 0 and not begun:
+            raise BadInput(f"the schedule asks for {site}, which the model of init_from={cfg.init_from} has lost already"
+                           if site in removals else f"{site} is removed in the model, but not in this schedule")
+        if begun and gate == 0:
+            raise BadInput(f"{site} is due at iteration {removals[site]}, but the checkpoint of iteration {iteration} still has it: "
+                           f"resume with the schedule that the run was started with")
+
+
+@torch.no_grad()
+def measure(evaluator, kinds, batches):
+    """The constants: for each LN and kind of token, the mean over tokens of sqrt(var + eps) -> (n_LN, 3) float64.
+
+    batches: (x, y) micro-batches of this rank. The average is over the tokens of all ranks. A kind that these tokens
+    lack takes the ordinary constant.
+    """
+    sums = counts = 0
+    for x, y in batches:
+        stds = torch.stack(evaluator(x, y)[2]).double().cpu()                       # (n_LN, B, T)
+        onehot = (kinds(x).cpu()[..., None] == torch.arange(len(KINDS))).double()   # (B, T, 3)
+        sums, counts = sums + torch.einsum('lbt,btk->lk', stds, onehot), counts + onehot.sum((0, 1))
+    sums, counts = all_reduce(sums), all_reduce(counts)
+    mean = sums / counts.clamp(min=1)
+    return torch.where(counts > 0, mean, mean[:, TOKEN:TOKEN + 1])
+
+
+def apply_schedule(events, cfg, it, model, measured):
+    """Brings the gates and constants to where they belong in iteration it; returns the events to log.
+
+    measured: a function that gives the constants, called only in an iteration that needs them.
+    """
+    lns, sites, log, stds = model.layernorms(), model.sites(), [], None
+    begun = set()
+    for when, event, name in events:
+        if event == 'remove':
+            ln = name.removesuffix('.qk').removesuffix('.v')
+            if when == it:
+                if ln not in begun:     # measured when its first side goes, and shared by both
+                    if stds is None:
+                        stds = measured()
+                    lns[ln].std.copy_(stds[list(lns).index(ln)])
+                    for start, kind in ((cfg.start_eot, EOT), (cfg.start_bos, BOS)):
+                        if 0 <= start <= it:
+                            lns[ln].std[kind] = lns[ln].std[TOKEN]
+                log.append(dict(event='remove', iter=it, site=name, std=dict(zip(KINDS, lns[ln].std.tolist()))))
+            begun.add(ln)
+            if when <= it <= when + cfg.taper_iters:
+                sites[name].fill_(min(1.0, (it - when + 1) / max(cfg.taper_iters, 1)))
+        elif when == it:
+            for ln in lns.values():
+                ln.std[KINDS.index(name)] = ln.std[TOKEN]
+            log.append(dict(event='merge', iter=it, kind=name))
+    return log
+
+# -----------------------------------------------------------------------------
+# Data.
+
+class Data:
+    """data/NAME/{train,val}.bin, mapped, not read. Batches are a pure function of (seed, iteration)."""
+
+    def __init__(self, cfg, device):
+        self.cfg, self.device = cfg, device
+        self.dir = os.path.join('data', cfg.dataset)
+        try:
+            with open(os.path.join(self.dir, 'meta.json')) as f:
+                self.meta = json.load(f)
+        except FileNotFoundError:
+            self.meta = {}      # bins that somebody else's script wrote: their tokenizer is not known
+        except ValueError as e:
+            raise BadInput(f"{self.dir}/meta.json is not JSON ({e}): run prepare.py again")
+
+    def open(self, vocab_size, splits):
+        """Maps the splits, for a model with vocab_size tokens. Raises BadInput if they do not fit it."""
+        known, T = self.meta.get('vocab_size', vocab_size), self.cfg.block_size
+        if not known <= vocab_size < known + 128:       # some pad the vocabulary to a multiple of 64 or 128
+            raise BadInput(f"{self.dir} was written with the {self.meta['tokenizer']!r} tokenizer ({known} tokens), "
+                           f"but the model has {vocab_size}: prepare the data with the model's own tokenizer")
+        self.vocab_size = vocab_size
+        for split in splits:
+            path = os.path.join(self.dir, f'{split}.bin')
+            if not os.path.exists(path):
+                raise BadInput(f"no {path}: make it with `python prepare.py {self.cfg.dataset}`")
+            size = os.path.getsize(path)
+            if size % 2:
+                raise BadInput(f"{path} has an odd number of bytes ({size}), expected uint16 tokens: run prepare.py again")
+            if size // 2 != self.meta.get(split, {}).get('tokens', size // 2):
+                raise BadInput(f"{path} has {size // 2} tokens, meta.json says {self.meta[split]['tokens']}: run prepare.py again")
+            if size // 2 < T + 1:
+                raise BadInput(f"{path} has {size // 2} tokens, less than one window of block_size + 1 = {T + 1}: "
+                               f"prepare more text or type --block_size={max(size // 2 - 1, 1)}")
+            setattr(self, split, np.memmap(path, dtype=np.uint16, mode='r'))
+
+    def _to_device(self, rows):
+        rows = rows.astype(np.int64)
+        if rows.max() >= self.vocab_size:
+            raise BadInput(f"{self.dir} holds token id {rows.max()}, but the model's vocabulary ends at {self.vocab_size - 1}: "
+                           f"prepare the data with the model's own tokenizer")
+        rows = torch.from_numpy(rows)
+        if self.device.startswith('cuda'):
+            rows = rows.pin_memory().to(self.device, non_blocking=True)
+        return rows[:, :-1], rows[:, 1:]
+
+    def batch(self, it, micro):
+        """Micro-batch number `micro` of iteration it, counted over all ranks: x, y (batch_size, block_size)."""
+        B, T = self.cfg.batch_size, self.cfg.block_size
+        starts = np.random.default_rng([self.cfg.seed, it]).integers(len(self.train) - T, size=self.cfg.batch_tokens // T)
+        return self._to_device(np.stack([self.train[s:s + T + 1] for s in starts[micro * B:(micro + 1) * B]]))
+
+    def windows(self):
+        """This rank's share of the validation windows: x, y, and how many targets count; the others are -1.
+
+        Windows start at multiples of block_size, so that each token is predicted once; the last may be partial.
+        """
+        B, T = self.cfg.batch_size, self.cfg.block_size
+        n = math.ceil((len(self.val) - 1) / T)
+        k = min(self.cfg.eval_iters or n, n)
+        starts = np.arange(k) * n // k * T
+        for i in range(RANK * B, k, WORLD * B):
+            rows = np.zeros((B, T + 1), np.uint16)      # always B rows: one shape, one graph
+            pad = np.ones((B, T), bool)
+            for r, s in enumerate(starts[i:i + B]):
+                row = self.val[s:s + T + 1]
+                rows[r, :len(row)], pad[r, :len(row) - 1] = row, False
+            x, y = self._to_device(rows)
+            yield x, y.masked_fill(torch.from_numpy(pad).to(self.device), -1), pad.size - pad.sum().item()
+
+
+def all_reduce(x):
+    """The sum over ranks of a CPU tensor."""
+    if WORLD > 1:
+        device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+        x = x.to(device)
+        dist.all_reduce(x)
+    return x.cpu()
+
+
+@torch.no_grad()
+def evaluate(evaluator, data):
+    """The mean cross-entropy over the validation windows, in nats per token."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for x, y, n in data.windows():
+        total += torch.tensor([evaluator(x, y)[1].item() * n, n], dtype=torch.float64)
+    total = all_reduce(total)
+    return (total[0] / total[1]).item()
+
+# -----------------------------------------------------------------------------
+
+def learning_rate(cfg, it):
+    """Linear warm-up, then cosine down to min_lr."""
+    end = cfg.lr_decay_iters or cfg.max_iters
+    if not cfg.decay_lr:
+        return cfg.learning_rate
+    if it < cfg.warmup_iters:
+        return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
+    if it >= end:
+        return cfg.min_lr
+    progress = (it - cfg.warmup_iters) / (end - cfg.warmup_iters)
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.learning_rate - cfg.min_lr)
+
+
+def load_model(cfg, given, data):
+    """The model to train and, for init_from='resume', the checkpoint to go on from. Sets cfg.block_size."""
+    ckpt, mode = None, 'fake' if cfg.remove_ln else None
+    shape = ('n_layer', 'n_head', 'n_embd')
+    if cfg.init_from == 'scratch':
+        torch.manual_seed(cfg.seed)
+        return GPT2(GPT2Config(**{k: getattr(cfg, k) for k in (*shape, 'block_size', 'dropout')}, ln_mode=mode or cfg.ln_mode,
+                               vocab_size=data.meta.get('vocab_size', 50257))), None
+    if cfg.init_from == 'resume':
+        ckpt = load_checkpoint(cfg.out_dir)
+        if (ckpt['model_args']['ln_mode'] == 'fake') != cfg.remove_ln:
+            raise BadInput(f"{cfg.out_dir}/ckpt.pt is of a run with remove_ln={not cfg.remove_ln}: resume it with the same config")
+        model = GPT2.from_state(ckpt['model_args'], ckpt['model'], cfg.out_dir, dropout=cfg.dropout)
+    else:
+        model = GPT2.from_pretrained(cfg.init_from, mode, cfg.dropout)
+    for key in (*shape, 'ln_mode'):
+        if key in given and getattr(cfg, key) != getattr(model.config, key) and not (key == 'ln_mode' and cfg.remove_ln):
+            raise BadInput(f"{key} is {getattr(cfg, key)}, but the model of init_from={cfg.init_from} has "
+                           f"{getattr(model.config, key)}: leave {key} out, or start from scratch")
+    if 'block_size' in given or cfg.block_size < model.config.block_size:
+        model.crop_block_size(cfg.block_size)
+    cfg.block_size = model.config.block_size
+    return model, ckpt
+
+
+def peak_flops():
+    """The GPU's dense bf16 peak in FLOPs a second, by its datasheet; None if it is not in this list."""
+    table = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'L40S': 362e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+    return next((v for k, v in table.items() if k in torch.cuda.get_device_name()), None)
+
+
+def train(cfg, given):
+    master = RANK == 0
+    device = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device == 'cuda':
+        device = f'cuda:{LOCAL_RANK}'
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise BadInput(f"device is {cfg.device!r}, which this machine lacks ({str(e).splitlines()[0]}); type --device=cpu")
+    cuda = device.startswith('cuda')
+
+    # everything that can be wrong with the input is looked at here, before anything is written
+    if not cfg.eval_only and cfg.init_from != 'resume' and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
+        raise BadInput(f"{cfg.out_dir} holds another run's checkpoint: resume that run with --init_from=resume, "
+                       f"or choose another --out_dir")
+    data = Data(cfg, device)
+    raw, ckpt = load_model(cfg, given, data)
+    data.open(raw.config.vocab_size, ['val'] if cfg.eval_only else ['train', 'val'])
+    B, T = cfg.batch_size, cfg.block_size
+    unit = B * T * WORLD
+    if cfg.batch_tokens % unit and not cfg.eval_only:
+        raise BadInput(f"batch_tokens is {cfg.batch_tokens}; expected a multiple of batch_size * block_size * processes = {B} * {T} * "
+                       f"{WORLD} = {unit}: type --batch_tokens={max(round(cfg.batch_tokens / unit), 1) * unit}")
+    raw.config.eot_token_id = data.meta.get('eot', raw.config.eot_token_id)
+    start = ckpt['iter'] if ckpt else 0
+    events = schedule(cfg, raw.config.n_layer) if cfg.remove_ln else []
+    if cfg.remove_ln and not cfg.eval_only:
+        check_schedule(events, cfg, {k: v.item() for k, v in raw.sites().items()}, start)
+    if ckpt and master:
+        for key, old in ckpt['config'].items():
+            if old != getattr(cfg, key, old) and key not in ('init_from', 'out_dir'):
+                print(f"note: {key} was {old!r} when the checkpoint was written, now it is {getattr(cfg, key)!r}")
+    wandb = None
+    if cfg.wandb_log and master and not cfg.eval_only:
+        try:
+            import wandb
+        except ImportError:
+            raise BadInput("wandb_log=True needs wandb: pip install wandb")
+        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir, config=asdict(cfg))
+    log_path = os.path.join(cfg.out_dir, 'log.jsonl')
+    if master and not cfg.eval_only:
+        try:
+            os.makedirs(cfg.out_dir, exist_ok=True)
+            with open(log_path, 'a' if ckpt else 'w') as f:
+                if ckpt:
+                    f.truncate(ckpt['log_bytes'])       # what came after the checkpoint will happen again
+        except OSError as e:
+            raise BadInput(f"out_dir {cfg.out_dir} cannot be written: {e}")
+
+    if WORLD > 1:
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group(cfg.backend if cfg.backend != 'auto' else 'nccl' if cuda else 'gloo')
+    torch.set_float32_matmul_precision('high')      # TF32 for what autocast leaves in float32
+    native_bf16 = cuda and torch.cuda.get_device_capability()[0] >= 8
+    dtype = cfg.dtype if cfg.dtype != 'auto' else 'bfloat16' if native_bf16 else 'float32'
+    autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+    raw.to(device)
+
+    # Two graphs for the whole run: one to train; one to evaluate, which also measures the constants.
+    model = raw
+    evaluator = lambda x, y: raw(x, y, return_stds=cfg.remove_ln)
+    if cfg.compile or (cfg.compile is None and cuda):
+        model, evaluator = torch.compile(raw, fullgraph=True), torch.compile(evaluator, fullgraph=True)
+    if WORLD > 1:   # gates and constants are set alike on all ranks, so there are no buffers to broadcast
+        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[LOCAL_RANK] if cuda else None, broadcast_buffers=False)
+    decay = [[p for p in raw.parameters() if (p.dim() >= 2) == two_d] for two_d in (True, False)]
+    optimizer = torch.optim.AdamW([{'params': decay[0], 'weight_decay': cfg.weight_decay}, {'params': decay[1], 'weight_decay': 0.0}],
+                                  lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.split(':')[0] in ('cuda', 'cpu'))
+    if ckpt:
+        optimizer.load_state_dict(ckpt['optimizer'])
+        ckpt = None
+    n_sites = len(raw.sites()) if cfg.remove_ln else 0
+    n_gone = lambda it: sum(e[0] < it and e[1] == 'remove' for e in events)
+    unit_name = 'byte' if data.meta.get('tokenizer') == 'bytes' else 'token'
+    peak = peak_flops() if cuda else None
+    if master:
+        print(f"{raw.num_params():,} parameters, ln_mode {raw.config.ln_mode!r}, on {WORLD} x {device.split(':')[0]} in {dtype}"
+              f"{', compiled' if model is not raw and not (WORLD > 1 and model.module is raw) else ''}; "
+              f"{cfg.batch_tokens:,} tokens an iteration")
+
+    def log(**entry):
+        if master:
+            with open(log_path, 'a') as f:
+                f.write(json.dumps(entry) + '\n')
+            if wandb:
+                wandb.log({f'{entry["event"]}/{k}': v for k, v in entry.items() if k not in ('event', 'iter')}, step=entry['iter'])
+
+    def validate():
+        raw.eval()
+        with autocast:
+            loss = evaluate(evaluator, data)
+        raw.train()
+        return loss
+
+    if cfg.eval_only:
+        loss = validate()
+        if master:
+            print(f"val loss {loss:.4f} nats per {unit_name}")
+        return
+
+    raw.train()
+    micro_steps = cfg.batch_tokens // unit
+    it, t0 = start, time.time()
+    logged_it, logged_t = it, t0
+    while True:
+        # 1. evaluate and save: the model as the last iteration left it
+        if (it % cfg.eval_interval == 0 or it == cfg.max_iters) and not (it == start > 0):
+            t = time.time()
+            val_loss = validate()
+            log(event='eval', iter=it, val_loss=val_loss, tokens=it * cfg.batch_tokens)
+            if master:
+                print(f"iter {it:>6} | val loss {val_loss:.4f} nats per {unit_name}")
+                if it > 0:
+                    save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), iter=it, config=asdict(cfg),
+                                    tokenizer=data.meta.get('tokenizer'), log_bytes=os.path.getsize(log_path))
+            logged_t += time.time() - t
+        if it == cfg.max_iters:
+            break
+
+        # 2. what the schedule has for this iteration
+        if cfg.remove_ln:
+            def measured():
+                raw.eval()
+                with autocast:
+                    stds = measure(evaluator, raw.kinds, (data.batch(it, m * WORLD + RANK) for m in range(micro_steps)))
+                raw.train()
+                return stds
+            t = time.time()
+            for entry in apply_schedule(events, cfg, it, raw, measured):
+                log(**entry)
+                if master and entry['event'] == 'remove':
+                    s = entry['std']
+                    print(f"iter {it:>6} | remove {entry['site']:<12} std {s['token']:.3f}, position 0 {s['bos']:.3f}, end-of-text {s['eot']:.3f}")
+                elif master:
+                    print(f"iter {it:>6} | merge the constants of {'position 0' if entry['kind'] == 'bos' else 'end-of-text'} into the ordinary ones")
+            logged_t += time.time() - t
+
+        # 3. a step. Nothing here waits for the device, except in an iteration that is logged
+        lr = learning_rate(cfg, it)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        loss_sum = 0.0
+        for m in range(micro_steps):
+            micro = m * WORLD + RANK
+            x, y = data.batch(it, micro)
+            if cfg.dropout:     # a stream for each micro-batch: resuming needs no generator's state
+                torch.manual_seed((cfg.seed * 1_000_003 + it) * 1_000_003 + micro)
+            if WORLD > 1:       # reduce the gradients once an iteration, in the last micro-step
+                model.require_backward_grad_sync = m == micro_steps - 1
+            with autocast:
+                if cfg.aux_loss_weight:
+                    _, ce, stds = model(x, y, return_stds=True)
+                    std = stds[-1][raw.kinds(x) == TOKEN] if False else stds[-1]
+                    ordinary = (raw.kinds(x) == TOKEN).float()
+                    mean = (std * ordinary).sum() / ordinary.sum()
+                    aux = cfg.aux_loss_weight * ((std - mean.detach()).square() * ordinary).sum() / ordinary.sum()
+                    loss = ce + aux
+                else:
+                    _, ce = model(x, y)
+                    loss = ce
+            (loss / micro_steps).backward()
+            loss_sum = loss_sum + ce.detach() / micro_steps
+        if cfg.grad_clip:
+            torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        it += 1
+
+        if (it - 1) % cfg.log_interval == 0 or it == cfg.max_iters:
+            loss = (all_reduce(loss_sum.double().cpu()) / WORLD).item()
+            now = time.time()
+            tok_per_s = (it - logged_it) * cfg.batch_tokens / max(now - logged_t, 1e-9)
+            left = int((now - t0) / (it - start) * (cfg.max_iters - it))
+            logged_it, logged_t = it, now
+            entry = dict(event='train', iter=it - 1, loss=loss, lr=lr, tok_per_s=round(tok_per_s, 1))
+            if peak:
+                entry['mfu'] = tok_per_s * raw.flops_per_token() / (peak * WORLD)
+            log(**entry)
+            if master:
+                print(f"iter {it - 1:>6} | loss {loss:.4f} | lr {lr:.2e} | {tok_per_s:>11,.0f} tok/s"
+                      + (f" | mfu {entry['mfu']:6.1%}" if peak else '')
+                      + (f" | sites {n_gone(it):>3}/{n_sites}" if n_sites else '')
+                      + f" | {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
+    if master:
+        finish(cfg, raw, data, unit_name)
+
+# -----------------------------------------------------------------------------
+# The end of a run.
+
+def finish(cfg, model, data, unit):
+    """After a removal: folds, checks, saves out_dir/hf and prints what came of it."""
+    if not cfg.remove_ln:
+        print(f"saved {cfg.out_dir}/ckpt.pt")
+        return
+    model.eval()
+    x, y, _ = next(data.windows())
+    torch.set_float32_matmul_precision('highest')       # TF32 would hide what is to be seen
+    try:
+        folded = model.fold_ln()
+    except BadInput as e:
+        print(f"no LN-free model to hand over: {e}; {cfg.out_dir}/ckpt.pt holds the model as it is")
+        return
+    with torch.no_grad():
+        logits = model(x)[0]
+        diff, scale = (folded(x)[0] - logits).abs().max().item(), logits.abs().max().item()
+    if not diff <= 1e-4 * max(scale, 1):
+        raise RuntimeError(f"the folded model's logits differ from the unfolded one's by {diff:.2g} (largest logit {scale:.3g})")
+    hf = os.path.join(cfg.out_dir, 'hf')
+    model.save_pretrained(hf)
+
+    rows = [('pre-trained', evals(cfg.out_dir)[0][1], len(model.sites()))]
+    control = evals(cfg.control)[-1:] if cfg.control else []
+    rows += [('control (LN kept)', loss, len(model.sites())) for _, loss in control]
+    rows += [('LN-free', evals(cfg.out_dir)[-1][1], 0)]
+    print(f"\n{'':<20}{'val nats/' + unit:>16}{'gap to control':>16}{'LN sites left':>16}")
+    for name, loss, sites in rows:
+        gap = f"{loss - control[0][1]:+.4f}" if control and not name.startswith('pre') else ''
+        print(f"{name:<20}{loss:>16.4f}{gap:>16}{sites:>16}")
+    if not control:
+        print("(no control: run the same config with --remove_ln=False and another out_dir, and name that with --control)")
+    print(f"\nfolded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})")
+    if data.meta.get('tokenizer'):
+        tokenizer = get_tokenizer(data.meta['tokenizer'])
+        torch.manual_seed(cfg.seed)
+        prompt = torch.tensor([[model.config.eot_token_id]], device=x.device)
+        text = tokenizer.decode(folded.generate(prompt, 240, temperature=0.8, top_k=40)[0, 1:].tolist())
+        print("\na sample from the LN-free model:\n" + '\n'.join('    ' + line for line in text.splitlines()))
+    try:
+        from plot import plot
+        picture = os.path.join(cfg.out_dir, 'loss.png')
+        plot(picture, [cfg.out_dir] + [cfg.control] * bool(control))
+        print(f"\nthe loss curves:     {picture}")
+    except ImportError:
+        print("\nno picture of the loss curves: matplotlib is not installed (pip install matplotlib)")
+    print(f"the LN-free model:   {hf}")
+
+
+def evals(out_dir):
+    """[(iteration, validation loss)] of a run, from its log."""
+    with open(os.path.join(out_dir, 'log.jsonl')) as f:
+        return [(e['iter'], e['val_loss']) for e in map(json.loads, f) if e['event'] == 'eval']
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if '--help' in argv or '-h' in argv:
+        print(__doc__ + '\n' + '\n'.join(f"    --{f.name}={f.default!r}" for f in KEYS.values()))
+        return
+    try:
+        train(*load_config(argv))
+    except BadInput as e:
+        if LOCAL_RANK == 0:     # one line, not one a process
+            print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()
