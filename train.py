@@ -234,6 +234,13 @@ def apply_schedule(events, cfg, it, model, measured):
             log.append(dict(event='merge', iter=it, kind=name))
     return log
 
+
+def spread(std, mask):
+    """The auxiliary loss: how far std (B, T) lies from its mean over the tokens of the mask, squared, on average."""
+    n = mask.sum()
+    mean = (std.detach() * mask).sum() / n
+    return ((std - mean).square() * mask).sum() / n
+
 # -----------------------------------------------------------------------------
 # Data.
 
@@ -524,11 +531,7 @@ def train(cfg, given):
             with autocast:
                 if cfg.aux_loss_weight:
                     _, ce, stds = model(x, y, return_stds=True)
-                    std = stds[-1][raw.kinds(x) == TOKEN] if False else stds[-1]
-                    ordinary = (raw.kinds(x) == TOKEN).float()
-                    mean = (std * ordinary).sum() / ordinary.sum()
-                    aux = cfg.aux_loss_weight * ((std - mean.detach()).square() * ordinary).sum() / ordinary.sum()
-                    loss = ce + aux
+                    loss = ce + cfg.aux_loss_weight * spread(stds[-1], raw.kinds(x) == TOKEN)
                 else:
                     _, ce = model(x, y)
                     loss = ce

@@ -1,0 +1,15 @@
+"""The demo, 1 of 3: a GPT-2 of 0.8M parameters, with LayerNorm, on the standard library's source as bytes."""
+out_dir = 'out/demo/pretrained'
+dataset = 'stdlib'
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 128
+batch_size = 32
+batch_tokens = 32 * 128
+max_iters = 500
+learning_rate = 2e-3
+min_lr = 2e-4
+warmup_iters = 50
+eval_interval = 250
+log_interval = 50
