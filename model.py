@@ -61,6 +61,9 @@ class GPT2Config:
 #   removed LN   y = (x - mean(x)) / s        * w + b          s: a frozen constant, so y is affine in x
 #   in between   y = (x - mean(x)) * ((1-g)/sigma(x) + g/s) * w + b                 g in [0, 1]: the site's gate
 #
+# The third line, with the first one's y called LN(x), is  y = b + r (LN(x) - b),  r = (1-g) + g sigma(x)/s: PyTorch's
+# own LayerNorm once, whoever reads it, then one number a token. At g = 0 r is 1 and y is LN(x) to the last bit.
+#
 # s depends on the kind of token. Trained GPT-2s park a huge vector at position 0 and at end-of-text; one constant
 # for all tokens would break them. Late in a removal the special constants are set equal to the ordinary one.
 #
@@ -85,21 +88,23 @@ class LayerNorm(nn.Module):
             self.register_buffer('gate', torch.zeros(len(sides), device='cpu'))
             self.register_buffer('std', torch.ones(len(KINDS), device='cpu'))
 
+    def sigma(self, x):
+        return (x.var(-1, correction=0) + self.eps).sqrt()
+
     def forward(self, x, kind=None, stds=None):
         """x (B, T, C) -> a list with one (B, T, C) tensor for each side that reads this LN.
 
         kind (B, T), the kinds of token, is needed by 'fake' only. stds: a list to which sigma(x) (B, T) is added.
         """
         if stds is not None and self.mode != 'none':
-            stds.append((x.float().var(-1, correction=0) + self.eps).sqrt())
+            stds.append(self.sigma(x))
         if self.mode == 'none':
             return [x] * len(self.sides)
         if self.mode == 'real':
             return [F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)] * len(self.sides)
-        var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-        centred, inv_sigma = x - mean, torch.rsqrt(var + self.eps)          # (B, T, C), (B, T, 1)
-        inv_s = (1 / self.std)[kind].unsqueeze(-1)                          # (B, T, 1)
-        return [torch.addcmul(self.bias, centred * ((1 - g) * inv_sigma + g * inv_s), self.weight) for g in self.gate]
+        y = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)                     # (B, T, C)
+        ratio = self.sigma(x) / self.std[kind]                                                  # (B, T)
+        return [torch.lerp(self.bias, y, ((1 - g) + g * ratio).unsqueeze(-1)) for g in self.gate]
 
 # -----------------------------------------------------------------------------
 # The transformer: GPT-2, with nanoGPT's names.
@@ -341,7 +346,10 @@ class GPT2(nn.Module):
     @classmethod
     def from_state(cls, model_args, sd, source, ln_mode=None, dropout=0.0):
         """A model from GPT2Config's fields and a state dict, turned into ln_mode where that changes no logit."""
-        config = GPT2Config(**{**model_args, 'dropout': dropout})
+        try:
+            config = GPT2Config(**{**model_args, 'dropout': dropout})
+        except TypeError as e:
+            raise BadInput(f"{source} is a checkpoint of another architecture: {e}")
         here, want = config.ln_mode, ln_mode or config.ln_mode
         if here == 'fake' and want == 'real' and not any(v.any() for k, v in sd.items() if k.endswith('.gate')):
             sd = {k: v for k, v in sd.items() if not k.endswith(('.gate', '.std'))}

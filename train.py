@@ -211,8 +211,9 @@ def apply_schedule(events, cfg, it, model, measured):
 
     measured: a function that gives the constants, called only in an iteration that needs them.
     """
-    lns, sites, log, stds = model.layernorms(), model.sites(), [], None
-    begun = set()
+    if not any(when <= it <= when + cfg.taper_iters for when, _, _ in events):
+        return []
+    lns, sites, log, stds, begun = model.layernorms(), model.sites(), [], None, set()
     for when, event, name in events:
         if event == 'remove':
             ln = name.removesuffix('.qk').removesuffix('.v')
@@ -396,6 +397,8 @@ def train(cfg, given):
     data = Data(cfg, device)
     raw, ckpt = load_model(cfg, given, data)
     data.open(raw.config.vocab_size, ['val'] if cfg.eval_only else ['train', 'val'])
+    if cfg.control:
+        evals(cfg.control)
     B, T = cfg.batch_size, cfg.block_size
     unit = B * T * WORLD
     if cfg.batch_tokens % unit and not cfg.eval_only:
@@ -431,7 +434,8 @@ def train(cfg, given):
         if cuda:
             torch.cuda.set_device(device)
         dist.init_process_group(cfg.backend if cfg.backend != 'auto' else 'nccl' if cuda else 'gloo')
-    torch.set_float32_matmul_precision('high')      # TF32 for what autocast leaves in float32
+    if cuda:
+        torch.set_float32_matmul_precision('high')      # TF32 for what autocast leaves in float32
     native_bf16 = cuda and torch.cuda.get_device_capability()[0] >= 8
     dtype = cfg.dtype if cfg.dtype != 'auto' else 'bfloat16' if native_bf16 else 'float32'
     autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
@@ -493,7 +497,7 @@ def train(cfg, given):
                 print(f"iter {it:>6} | val loss {val_loss:.4f} nats per {unit_name}")
                 if it > 0:
                     save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), iter=it, config=asdict(cfg),
-                                    tokenizer=data.meta.get('tokenizer'), log_bytes=os.path.getsize(log_path))
+                                    log_bytes=os.path.getsize(log_path))
             logged_t += time.time() - t
         if it == cfg.max_iters:
             break
@@ -571,7 +575,7 @@ def finish(cfg, model, data, unit):
         return
     model.eval()
     x, y, _ = next(data.windows())
-    torch.set_float32_matmul_precision('highest')       # TF32 would hide what is to be seen
+    torch.set_float32_matmul_precision('highest')       # TF32 would drown what is looked for
     try:
         folded = model.fold_ln()
     except BadInput as e:
@@ -587,12 +591,12 @@ def finish(cfg, model, data, unit):
 
     rows = [('pre-trained', evals(cfg.out_dir)[0][1], len(model.sites()))]
     control = evals(cfg.control)[-1:] if cfg.control else []
-    rows += [('control (LN kept)', loss, len(model.sites())) for _, loss in control]
+    rows += [('control (LN kept)' + f', at {it}' * (it != cfg.max_iters), loss, len(model.sites())) for it, loss in control]
     rows += [('LN-free', evals(cfg.out_dir)[-1][1], 0)]
-    print(f"\n{'':<20}{'val nats/' + unit:>16}{'gap to control':>16}{'LN sites left':>16}")
+    print(f"\n{'':<28}{'val nats/' + unit:>16}{'gap to control':>16}{'LN sites left':>16}")
     for name, loss, sites in rows:
         gap = f"{loss - control[0][1]:+.4f}" if control and not name.startswith('pre') else ''
-        print(f"{name:<20}{loss:>16.4f}{gap:>16}{sites:>16}")
+        print(f"{name:<28}{loss:>16.4f}{gap:>16}{sites:>16}")
     if not control:
         print("(no control: run the same config with --remove_ln=False and another out_dir, and name that with --control)")
     print(f"\nfolded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})")
@@ -607,15 +611,19 @@ def finish(cfg, model, data, unit):
         picture = os.path.join(cfg.out_dir, 'loss.png')
         plot(picture, [cfg.out_dir] + [cfg.control] * bool(control))
         print(f"\nthe loss curves:     {picture}")
-    except ImportError:
+    except ModuleNotFoundError:
         print("\nno picture of the loss curves: matplotlib is not installed (pip install matplotlib)")
     print(f"the LN-free model:   {hf}")
 
 
 def evals(out_dir):
     """[(iteration, validation loss)] of a run, from its log."""
-    with open(os.path.join(out_dir, 'log.jsonl')) as f:
-        return [(e['iter'], e['val_loss']) for e in map(json.loads, f) if e['event'] == 'eval']
+    path = os.path.join(out_dir, 'log.jsonl')
+    try:
+        with open(path) as f:
+            return [(e['iter'], e['val_loss']) for e in map(json.loads, f) if e['event'] == 'eval']
+    except FileNotFoundError:
+        raise BadInput(f"no {path}: expected the out_dir of a run")
 
 
 def main(argv=None):

@@ -2,9 +2,9 @@
 out_dir = 'out/demo/control'
 init_from = 'out/demo/pretrained'
 dataset = 'stdlib'
-batch_size = 32
-batch_tokens = 32 * 128
-max_iters = 300
+batch_size = 12
+batch_tokens = 12 * 128
+max_iters = 450
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 20
