@@ -350,6 +350,7 @@ class GPT2(nn.Module):
             config = GPT2Config(**{**model_args, 'dropout': dropout})
         except TypeError as e:
             raise BadInput(f"{source} is a checkpoint of another architecture: {e}")
+        sd = {k: v.float() for k, v in sd.items()}
         here, want = config.ln_mode, ln_mode or config.ln_mode
         if here == 'fake' and want == 'real' and not any(v.any() for k, v in sd.items() if k.endswith('.gate')):
             sd = {k: v for k, v in sd.items() if not k.endswith(('.gate', '.std'))}
@@ -373,8 +374,7 @@ class GPT2(nn.Module):
         for name, t in expected.items():
             if sd[name].shape != t.shape:
                 raise BadInput(f"{source}: {name} has shape {list(sd[name].shape)}, expected {list(t.shape)}")
-        sd = {k: v.to(torch.float32, copy=False).contiguous() for k, v in sd.items()}
-        model.load_state_dict(sd, assign=True)
+        model.load_state_dict({k: v.contiguous() for k, v in sd.items()}, assign=True)
         model.requires_grad_(True)
         model._tie()        # assigning gave wte and lm_head a parameter each
         return model

@@ -1,11 +1,11 @@
-"""The demo, 3 of 3: all 13 LayerNorm sites go, one after another; then there are 260 iterations to recover."""
+"""The demo, 3 of 3: all 13 LayerNorm sites go, one after another; then there are 210 iterations to recover."""
 out_dir = 'out/demo'
 control = 'out/demo/control'
 init_from = 'out/demo/pretrained'
 dataset = 'stdlib'
 batch_size = 12
 batch_tokens = 12 * 128
-max_iters = 450
+max_iters = 400
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 20

@@ -1,0 +1,8 @@
+"""
+Cross-entropy of any model on the whole of a val.bin.
+
+    python train.py config/eval.py --init_from=MODEL --dataset=NAME     # MODEL: a hub id, a folder, a run's out_dir
+"""
+eval_only = True
+eval_iters = 0
+batch_size = 8

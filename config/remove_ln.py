@@ -1,0 +1,29 @@
+"""
+The paper's run (arXiv 2409.13710): GPT-2 small loses every LayerNorm within 1,200 iterations, 0.63B tokens.
+
+    torchrun --nproc_per_node=8 train.py config/remove_ln.py            # and its control: config/vanilla.py
+
+batch_size * the number of processes * 1024 must divide batch_tokens; it changes the speed and memory, not the result.
+"""
+out_dir = 'out/remove_ln'
+init_from = 'gpt2'
+dataset = 'openwebtext'         # python prepare.py openwebtext --max_tokens=700_000_000
+batch_size = 16
+batch_tokens = 512 * 1024       # 0.5M
+max_iters = 1200
+learning_rate = 6e-4
+min_lr = 6e-5
+warmup_iters = 100
+lr_decay_iters = 2000
+eval_interval = 100
+
+remove_ln = True
+start_ln2 = 200                 # layers 0 to 11 at 200, 220, ..., 420
+gap_ln2 = 20
+start_ln1qk = 440
+gap_ln1qk = 20
+start_ln1v = 680
+gap_ln1v = 30
+start_lnf = 1040
+start_eot = 1060
+start_bos = 1160
