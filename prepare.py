@@ -30,7 +30,7 @@ import numpy as np
 
 from model import BadInput
 
-# name: (hub dataset, val_fraction). OpenWebText is cut as nanoGPT cuts it; the Piles are for evaluation only
+# name: (hub dataset, val_fraction); the Piles are for evaluation only
 PRESETS = {
     'openwebtext': ('Skylion007/openwebtext', 0.0005),
     'pile': ('apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2', 1.0),
@@ -139,14 +139,22 @@ def row(r, source):
 
 def hub_dataset(name):
     from datasets import load_dataset
+    from huggingface_hub import HfApi
     try:
-        rows = load_dataset(name, split='train', streaming=True)
+        HfApi().dataset_info(name, timeout=20)      # a misspelt name is told at once, not after datasets' retries
+        try:
+            rows = load_dataset(name, split='train', streaming=True)
+        except RuntimeError as e:
+            if 'scripts are no longer supported' not in str(e):
+                raise
+            # the hub keeps a copy without the script, as parquet, on a branch of its own
+            rows = load_dataset(name, split='train', streaming=True, revision='refs/convert/parquet')
         yield from ((row(r, name), True) for r in rows)
     except BadInput:
         raise
-    except Exception as e:      # offline, unknown, private, without a train split: datasets has an exception for each
-        raise BadInput(f"{name} is no file or folder here, no preset ({', '.join(PRESETS)}), and not to be had from the "
-                       f"Hugging Face hub ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})")
+    except Exception as e:      # offline, unknown, private, without a train split: each library has its own exceptions
+        raise BadInput(f"{name} is no file or folder here, no preset ({', '.join(PRESETS)}), and cannot be had from the "
+                       f"Hugging Face hub ({type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]})")
 
 
 def stdlib_files():
@@ -172,8 +180,6 @@ def documents(sources):
             files = stdlib_files()
         elif os.path.exists(source):
             files = local_files(source)
-        elif source.endswith(TEXT + ROWS) or source.startswith(('.', '/')) or source.endswith('/'):
-            raise BadInput(f"no such file: {source}")
         else:
             yield from hub_dataset(PRESETS.get(source, (source,))[0])
             continue
@@ -190,8 +196,16 @@ def encoded(pieces, tokenizer):
 
     Threads are enough: tiktoken lets go of the interpreter while it encodes. What is under way is bounded.
     """
+    def ids(p):
+        if isinstance(p, str):
+            return tokenizer.encode(p)
+        p = np.array(p, np.int64)
+        if len(p) and not 0 <= p.min() <= p.max() < tokenizer.vocab_size:
+            raise BadInput(f"input_ids from {p.min()} to {p.max()} are not the {tokenizer.name} tokenizer's")
+        return p.astype(np.uint16)
+
     def work(batch):
-        return [(tokenizer.encode(p) if isinstance(p, str) else np.array(p, np.uint16), end) for p, end in batch]
+        return [(ids(p), end) for p, end in batch]
 
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool:
@@ -289,6 +303,9 @@ def main(argv=None):
                     raise BadInput(f"{arg}: {value!r} is not a number")
         if not sources:
             raise BadInput("nothing to read: name a preset, a hub dataset, files or folders")
+        for s in sources:
+            if not os.path.exists(s) and (s.endswith((*TEXT, *ROWS, '/')) or not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', s)):
+                raise BadInput(f"no such file: {s}")
         tokenizer = get_tokenizer(options['tokenizer'])
         if '--max_tokens' in ' '.join(argv) and options['max_tokens'] <= WINDOW[tokenizer.name]:
             raise BadInput(f"--max_tokens={options['max_tokens']} is smaller than a window: expected more than {WINDOW[tokenizer.name]}")

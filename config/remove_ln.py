@@ -7,7 +7,7 @@ batch_size * the number of processes * 1024 must divide batch_tokens; it changes
 """
 out_dir = 'out/remove_ln'
 init_from = 'gpt2'
-dataset = 'openwebtext'         # python prepare.py openwebtext --max_tokens=700_000_000
+dataset = 'openwebtext'         # python prepare.py openwebtext --max_tokens=600_000_000
 batch_size = 16
 batch_tokens = 512 * 1024       # 0.5M
 max_iters = 1200

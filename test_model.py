@@ -1,0 +1,582 @@
+"""
+The project's claims, one test each. Everything runs offline on two CPU cores, in random or self-trained models.
+
+    make test
+"""
+import http.server
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare
+import train
+from model import BOS, EOT, TOKEN, BadInput, GPT2, GPT2Config
+
+REPO = Path(__file__).parent.resolve()
+TINY = ['--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--batch_tokens=512',
+        '--learning_rate=3e-3', '--warmup_iters=2', '--eval_iters=10', '--log_interval=1', '--compile=False', '--device=cpu']
+REMOVE = ['--remove_ln=True', '--start_ln2=2', '--gap_ln2=1', '--start_ln1qk=4', '--gap_ln1qk=1', '--start_ln1v=6', '--gap_ln1v=2',
+          '--start_lnf=10', '--start_eot=11', '--start_bos=13']
+
+
+@pytest.fixture(scope='session')
+def workspace(tmp_path_factory):
+    """A folder with data/tiny, this repository's own source as bytes; the tests run in it."""
+    folder = tmp_path_factory.mktemp('workspace')
+    old = os.getcwd()
+    os.chdir(folder)
+    prepare.main([str(REPO / f) for f in ('model.py', 'train.py', 'prepare.py', 'test_model.py')]
+                 + ['--name=tiny', '--tokenizer=bytes', '--val_fraction=0.1'])
+    yield folder
+    os.chdir(old)
+
+
+def random_model(ln_mode='real', **kwargs):
+    """A model whose every parameter, LN's included, is far from its initial value."""
+    torch.manual_seed(0)
+    config = dict(block_size=31, vocab_size=101, n_layer=3, n_head=3, n_embd=39, ln_mode=ln_mode) | kwargs
+    model = GPT2(GPT2Config(**config)).eval()
+    for name, p in model.named_parameters():
+        p.data = p.data * 3 + 0.2 * torch.randn_like(p) * (p.dim() == 1)
+    return model
+
+
+def remove_all(model, idx):
+    """Removes every site, with constants measured on idx, the same for all kinds of token."""
+    for ln, std in zip(model.layernorms().values(), model(idx, return_stds=True)[2]):
+        ln.std.fill_(std.mean().item())
+        ln.gate.fill_(1)
+    return model
+
+
+IDX = torch.randint(0, 101, (4, 31), generator=torch.Generator().manual_seed(1))
+
+
+def difference(a, b):
+    return (a - b).abs().max().item()
+
+
+def log_of(out_dir):
+    return [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
+
+
+def run(*args, nproc=1, **kwargs):
+    """train.py as a user starts it, under torchrun if nproc > 1."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}'] if nproc > 1 else []
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+    return subprocess.Popen([sys.executable, *launcher, str(REPO / 'train.py'), *args], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
+
+
+def finished(process):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return output
+
+# -----------------------------------------------------------------------------
+# The model.
+
+@torch.no_grad()
+@pytest.mark.parametrize('shape', [dict(n_embd=39, n_head=3, n_layer=3), dict(n_embd=20, n_head=5, n_layer=1, vocab_size=257)])
+def test_logits_equal_transformers_in_both_directions(shape, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    ours = random_model(**shape)
+    idx = torch.randint(0, ours.config.vocab_size, (3, 31))
+    ours.save_pretrained(tmp_path / 'ours')
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'ours').eval()
+    assert difference(theirs(idx).logits, ours(idx)[0]) < 1e-5
+    loss, shifted = ours(idx[:, :-1], idx[:, 1:])[1], theirs(idx, labels=idx).loss
+    assert abs(loss - shifted) < 1e-5
+
+    torch.manual_seed(2)
+    config = transformers.GPT2Config(n_positions=31, vocab_size=shape.get('vocab_size', 101), n_embd=shape['n_embd'],
+                                     n_head=shape['n_head'], n_layer=shape['n_layer'], initializer_range=0.2)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path / 'theirs', max_shard_size='20KB')     # in shards, as GPT-2 XL may be
+    ours = GPT2.from_pretrained(str(tmp_path / 'theirs')).eval()
+    assert difference(theirs(idx).logits, ours(idx)[0]) < 1e-5
+    assert ours.lm_head.weight is ours.wte.weight
+
+
+@torch.no_grad()
+def test_fake_with_gates_at_0_is_real():
+    real = random_model()
+    fake = GPT2.from_state(vars(real.config), real.state_dict(), 'test', 'fake').eval()
+    assert len(fake.sites()) == 3 * 3 + 1
+    assert difference(real(IDX)[0], fake(IDX)[0]) < 1e-6
+    back = GPT2.from_state(vars(fake.config), fake.state_dict(), 'test', 'real').eval()
+    assert difference(real(IDX)[0], back(IDX)[0]) == 0
+
+
+@torch.no_grad()
+def test_a_gate_moves_its_own_site_only_and_mixes_the_inverse_scales():
+    model = random_model('fake')
+    ln, x = model.h[1].ln_1, torch.randn(2, 5, 39) * 3 + 1
+    kind = torch.zeros(2, 5, dtype=torch.int64)
+    ln.std.fill_(1.7)
+    real = ln(x, kind)[0]
+    model.sites()['h.1.ln_1.v'].fill_(0.25)
+    qk, v = ln(x, kind)
+    assert torch.equal(qk, real)
+    sigma = (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    expected = (x - x.mean(-1, keepdim=True)) * (0.75 / sigma + 0.25 / 1.7) * ln.weight + ln.bias
+    assert difference(v, expected) < 1e-5
+    assert [name for name, gate in model.sites().items() if gate > 0] == ['h.1.ln_1.v']
+
+
+@torch.no_grad()
+def test_position_0_and_end_of_text_have_constants_of_their_own():
+    """A giant vector at position 0 and at end-of-text, as trained GPT-2s have: with one constant the logits are lost."""
+    model = random_model('fake', n_layer=1)
+    eot, idx = model.config.eot_token_id, IDX.clone()
+    idx[idx == eot] = 0
+    idx[:, [5, 20]] = eot
+    idx[0, 0] = eot
+    model.wpe.weight[0] += 300 * torch.randn(39)
+    model.wte.weight[eot] += 100 * torch.randn(39)
+    assert model.kinds(idx)[0].tolist() == [EOT] + [TOKEN] * 4 + [EOT] + [TOKEN] * 14 + [EOT] + [TOKEN] * 10
+    assert model.kinds(idx)[1, 0] == BOS
+    before = model(idx)[0]
+    stds = train.measure(lambda x, y: model(x, y, return_stds=True), model.kinds, [(idx, idx), (idx[:2], idx[:2])])
+    exact = model(idx, return_stds=True)[2][0]
+    weights = torch.tensor([1.0, 1, 0.5, 0.5])[:, None] * (model.kinds(idx) == TOKEN)      # rows 0 and 1 were measured twice
+    assert stds[0, TOKEN] == pytest.approx(((exact * weights).sum() / weights.sum()).item(), rel=1e-5)
+    assert stds[0, BOS] > 50 * stds[0, TOKEN] and stds[0, EOT] > 20 * stds[0, TOKEN]
+    for ln, std in zip(model.layernorms().values(), stds):
+        ln.gate.fill_(1)
+        ln.std.copy_(std)
+    own = (model(idx)[0] - before)[:, 1:].norm() / before[:, 1:].norm()
+    for ln in model.layernorms().values():
+        ln.std.fill_(ln.std[TOKEN].item())
+    one = (model(idx)[0] - before)[:, 1:].norm() / before[:, 1:].norm()
+    assert own < 0.3 and one > 3 * own, (own, one)
+    assert train.measure(lambda x, y: model(x, y, return_stds=True), model.kinds, [(idx[1:, :5], idx[1:, :5])])[0, EOT] \
+        == pytest.approx(stds[0, TOKEN].item(), rel=0.5)      # a kind that is not there takes the ordinary constant
+
+
+@torch.no_grad()
+def test_folding_is_exact_and_leaves_no_layernorm_in_the_graph():
+    from torch.fx.experimental.proxy_tensor import make_fx
+    fake = remove_all(random_model('fake'), IDX)
+    none = fake.fold_ln()
+    assert none.config.ln_mode == 'none' and not [k for k in none.state_dict() if 'ln_' in k]
+    assert difference(fake(IDX)[0], none(IDX)[0]) < 1e-4 < difference(fake(IDX)[0], random_model()(IDX)[0])
+
+    def ops(model):
+        graph = make_fx(lambda i: model(i)[0])(IDX).graph
+        return {name.split('.')[1] for name in (str(n.target) for n in graph.nodes) if name.startswith('aten.')}
+    divides = {'native_layer_norm', 'layer_norm', 'var', 'var_mean', 'rsqrt', 'sqrt', 'std', 'mean', 'div'}
+    assert ops(fake) & divides and not ops(none) & divides
+
+
+@torch.no_grad()
+def test_the_epsilon_convention_round_trip(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    fake = remove_all(random_model('fake'), IDX)
+    for name, model in (('unfolded', fake), ('folded', fake.fold_ln())):
+        model.save_pretrained(tmp_path / name)
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / name).eval()
+        assert theirs.config.layer_norm_epsilon == 1e12
+        assert difference(theirs(IDX).logits, fake(IDX)[0]) < 1e-4
+        again = GPT2.from_pretrained(str(tmp_path / name)).eval()
+        assert again.config.ln_mode == 'none' and difference(again(IDX)[0], fake(IDX)[0]) < 1e-4
+        with pytest.raises(BadInput, match='none left to remove'):
+            GPT2.from_pretrained(str(tmp_path / name), 'fake')
+
+
+@torch.no_grad()
+def test_what_transformers_cannot_express_is_refused(tmp_path):
+    model = random_model('fake')
+    model.save_pretrained(tmp_path / 'before')      # all gates 0: a stock GPT-2
+    assert difference(GPT2.from_pretrained(str(tmp_path / 'before')).eval()(IDX)[0], model(IDX)[0]) < 1e-5
+    model.sites()['h.0.ln_2'].fill_(1)
+    with pytest.raises(BadInput, match='9 of 10 sites still divide by the token'):
+        model.save_pretrained(tmp_path / 'x')
+    remove_all(model, IDX).ln_f.std[BOS] = 7
+    with pytest.raises(BadInput, match='ln_f still has constants of its own'):
+        model.save_pretrained(tmp_path / 'x')
+    with pytest.raises(BadInput, match='cannot be folded'):
+        model.fold_ln()
+    none = random_model('none')
+    with pytest.raises(BadInput, match='reads the mean of the residual stream'):
+        none.save_pretrained(tmp_path / 'x')
+    assert not (tmp_path / 'x').exists()
+
+
+def test_from_pretrained_downloads_from_a_hub(tmp_path, monkeypatch):
+    """Against a server on localhost that speaks the hub's protocol; the second load comes from the cache."""
+    model = random_model()
+    model.save_pretrained(tmp_path / 'repo')
+    commit, requests = 'c' * 40, []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            path = self.path.split('?')[0]
+            names = ('config.json', 'model.safetensors', 'pytorch_model.bin')
+            if path.startswith('/api/models/me/tiny'):
+                body = json.dumps({'id': 'me/tiny', 'sha': commit, 'siblings': [{'rfilename': n} for n in names]}).encode()
+                if '/tree/' in path:
+                    body = json.dumps([{'type': 'file', 'path': n, 'oid': n, 'size': (tmp_path / 'repo' / n).stat().st_size
+                                        if (tmp_path / 'repo' / n).exists() else 1} for n in names]).encode()
+            elif path.startswith('/me/tiny/resolve/') and (tmp_path / 'repo' / path.split('/')[-1]).exists():
+                body = (tmp_path / 'repo' / path.split('/')[-1]).read_bytes()
+            else:
+                return self.send_error(404)
+            self.send_response(200)
+            for header in (('Content-Length', len(body)), ('ETag', f'"{len(body)}"'), ('X-Repo-Commit', commit)):
+                self.send_header(*map(str, header))
+            self.end_headers()
+            if self.command == 'GET':
+                self.wfile.write(body)
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = ("import sys; from model import GPT2; import torch; m = GPT2.from_pretrained(sys.argv[1]).eval(); "
+            "print(m(torch.arange(31)[None])[0].double().sum().item())")
+    env = os.environ | {'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'HF_HOME': str(tmp_path / 'cache'), 'PYTHONPATH': str(REPO)}
+    out = subprocess.run([sys.executable, '-c', code, 'me/tiny'], env=env, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert float(out.stdout) == pytest.approx(model(torch.arange(31)[None])[0].double().sum().item(), rel=1e-4)
+    assert not any('pytorch_model.bin' in r for r in requests if 'resolve' in r)    # never a pickle
+    out = subprocess.run([sys.executable, '-c', code, 'me/nothing'], env=env, capture_output=True, text=True)
+    assert 'BadInput: me/nothing names nothing' in out.stderr
+    server.shutdown()
+
+# -----------------------------------------------------------------------------
+# The schedule.
+
+def test_the_papers_schedule_event_by_event():
+    cfg, _ = train.load_config([str(REPO / 'config/remove_ln.py')])
+    expected = [(200 + 20 * i, 'remove', f'h.{i}.ln_2') for i in range(12)]
+    expected += [(440 + 20 * i, 'remove', f'h.{i}.ln_1.qk') for i in range(12)]
+    expected += [(680 + 30 * i, 'remove', f'h.{i}.ln_1.v') for i in range(12)]
+    expected += [(1040, 'remove', 'ln_f'), (1060, 'merge', 'eot'), (1160, 'merge', 'bos')]
+    events = train.schedule(cfg, 12)
+    assert events == expected
+
+    # and the gates and constants that follow from it, on a model of 12 layers
+    model = GPT2(GPT2Config(block_size=4, vocab_size=9, n_layer=12, n_head=1, n_embd=4, ln_mode='fake'))
+    calls = []
+
+    def measured():
+        calls.append(it)
+        return torch.arange(1.0, 76).view(25, 3) + 100 * len(calls)
+    logged = []
+    for it in range(cfg.max_iters):
+        logged += train.apply_schedule(events, cfg, it, model, measured)
+        assert sum(g.item() for g in model.sites().values()) == sum(when <= it for when, what, _ in events if what == 'remove')
+        if it == 1100:      # end-of-text is merged, position 0 not yet
+            assert all(ln.std[EOT] == ln.std[TOKEN] != ln.std[BOS] for ln in model.layernorms().values())
+    assert [(e['iter'], e['event'], e.get('site') or e['kind']) for e in logged] == expected
+    assert len(calls) == 25 and max(calls) == 1040       # ln_1's two sides share what was measured for the first
+    std = {e['site']: e['std'] for e in logged if e['event'] == 'remove'}
+    assert std['h.3.ln_1.qk'] == std['h.3.ln_1.v'] != std['h.3.ln_2']
+    assert model.fold_ln().config.ln_mode == 'none'
+
+
+def test_taper():
+    cfg, _ = train.load_config(REMOVE + ['--taper_iters=4', '--max_iters=30'])
+    events = train.schedule(cfg, 2)
+    model = GPT2(GPT2Config(block_size=4, vocab_size=9, n_layer=2, n_head=1, n_embd=4, ln_mode='fake'))
+    gates = []
+    for it in range(14):
+        train.apply_schedule(events, cfg, it, model, lambda: torch.ones(5, 3))
+        gates.append(model.sites()['h.0.ln_2'].item())
+    assert gates == [0, 0, 0.25, 0.5, 0.75] + [1.0] * 9
+    with pytest.raises(BadInput, match='outside the run of max_iters=13'):
+        train.check_schedule(events, train.load_config(REMOVE + ['--taper_iters=4', '--max_iters=13'])[0], {}, 0)
+
+# -----------------------------------------------------------------------------
+# Training runs.
+
+def test_one_training_graph_and_one_evaluation_graph_over_a_whole_removal(workspace):
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    train.main(TINY + REMOVE + ['--out_dir=compiled', '--max_iters=16', '--eval_interval=4', '--compile=True', '--aux_loss_weight=0.1',
+                                '--taper_iters=2', '--n_layer=1'])
+    assert counters['stats']['unique_graphs'] == 2 and not counters['graph_break'] and not counters['recompiles'], counters
+    assert [e['event'] for e in log_of('compiled')].count('remove') == 4
+
+
+def test_no_device_synchronisation_in_a_plain_step(workspace, monkeypatch):
+    """Only the logged iterations (0, 50, 99) and the evaluations (0, 100) may read a value back."""
+    seen = []
+    for name in ('item', 'tolist', 'cpu', 'numpy', '__bool__', '__float__', '__int__'):
+        def spy(self, *args, original=getattr(torch.Tensor, name), **kwargs):
+            seen.append(name)
+            return original(self, *args, **kwargs)
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    steps, step = [], torch.optim.AdamW.step
+
+    def counted(self):
+        seen.append('step')
+        return step(self)
+    monkeypatch.setattr(torch.optim.AdamW, 'step', counted)
+    train.main(TINY + ['--out_dir=nosync', '--max_iters=100', '--eval_interval=100', '--log_interval=50'])
+    steps = ' '.join(seen).split('step')
+    assert len(steps) == 101 and [i for i, s in enumerate(steps) if s.strip()] == [0, 1, 51, 100]
+
+
+def test_evaluation_predicts_every_token_once_whatever_the_batch(workspace):
+    train.main(TINY + ['--out_dir=short', '--max_iters=2'])
+    model = GPT2.from_pretrained('short').eval()
+    tokens = torch.from_numpy(np.fromfile('data/tiny/val.bin', np.uint16).astype(np.int64))
+    with torch.no_grad():
+        losses = [model(w[None, :-1], w[None, 1:])[1].item() * (len(w) - 1)
+                  for w in (tokens[i:i + 33] for i in range(0, len(tokens) - 1, 32))]
+    expected = sum(losses) / (len(tokens) - 1)
+    for batch_size in (3, 7):
+        cfg, _ = train.load_config(['--dataset=tiny', '--block_size=32', f'--batch_size={batch_size}', '--eval_iters=0'])
+        data = train.Data(cfg, 'cpu')
+        data.open(257, ['val'])
+        assert train.evaluate(model, data) == pytest.approx(expected, rel=1e-6)
+        cfg.eval_iters = 10
+        assert sum(n for _, _, n in data.windows()) == 320
+
+
+def steps_of(out_dir):
+    """What a run did, without the clock."""
+    return [{k: v for k, v in e.items() if k != 'tok_per_s'} for e in log_of(out_dir)]
+
+
+def assert_close(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert {k: v for k, v in x.items() if not isinstance(v, (float, dict))} == {k: v for k, v in y.items() if not isinstance(v, (float, dict))}
+        for k in ('loss', 'val_loss'):
+            assert x.get(k, 0) == pytest.approx(y.get(k, 0), rel=2e-5)
+        assert x.get('std', {}) == pytest.approx(y.get('std', {}), rel=1e-4)
+
+
+def test_killed_and_resumed_on_one_process_or_two_gives_the_same_losses(workspace):
+    args = TINY + REMOVE + ['--max_iters=40', '--eval_interval=8', '--dropout=0.1']
+    whole, two = run(*args, '--out_dir=whole'), run(*args, '--out_dir=two', nproc=2)
+    assert 'sites   5/7' in finished(whole)
+    finished(two)
+    assert_close(steps_of('whole'), steps_of('two'))
+
+    killed = run(*args, '--out_dir=killed')
+    while len([e for e in log_of('killed') if e['event'] == 'train'] if os.path.exists('killed/log.jsonl') else []) < 12:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert os.path.exists('killed/ckpt.pt') and log_of('killed')[-1]['iter'] < 39
+    shutil.copytree('killed', 'killed2')
+    one, two = run(*args, '--out_dir=killed', '--init_from=resume'), run(*args, '--out_dir=killed2', '--init_from=resume', nproc=2)
+    assert 'LN-free' in finished(one)
+    finished(two)
+    assert steps_of('killed') == steps_of('whole')      # to the last bit
+    assert_close(steps_of('killed2'), steps_of('whole'))
+    assert difference(GPT2.from_pretrained('killed/hf').lm_head.weight, GPT2.from_pretrained('whole/hf').lm_head.weight) == 0
+
+
+def test_a_miniature_of_the_demo_converges(workspace, capsys):
+    """Remove everything from a model pre-trained for a minute: it must end near the control, and better than it began."""
+    prepare.main(['stdlib', '--tokenizer=bytes'])
+    small = ['--dataset=stdlib', '--batch_size=8', '--batch_tokens=1024', '--learning_rate=2e-3', '--min_lr=2e-4', '--warmup_iters=10',
+             '--eval_interval=400', '--eval_iters=200', '--log_interval=50', '--device=cpu', '--compile=False']
+    train.main(small + ['--n_layer=3', '--n_head=4', '--n_embd=96', '--block_size=128', '--out_dir=mini', '--max_iters=350'])
+    tune = small + ['--init_from=mini', '--max_iters=200']
+    train.main(tune + ['--out_dir=mini_control'])
+    train.main(tune + ['--out_dir=mini_free', '--control=mini_control', '--remove_ln=True', '--start_ln2=10', '--gap_ln2=8', '--start_ln1qk=34',
+                       '--gap_ln1qk=8', '--start_ln1v=58', '--gap_ln1v=8', '--start_lnf=84', '--start_eot=90', '--start_bos=95'])
+    before, control, free = (train.evals(d)[-1][1] for d in ('mini', 'mini_control', 'mini_free'))
+    assert train.evals('mini_free')[0][1] == pytest.approx(before, rel=1e-6)       # gates at 0: the loaded model
+    assert before < 2.6 and free < before - 0.05 and abs(free - control) < 0.08, (before, control, free)
+    out = capsys.readouterr().out
+    assert 'LN-free' in out and f'{free - control:+.4f}' in out and 'mini_free/hf' in out
+    model, checkpoint = GPT2.from_pretrained('mini_free/hf').eval(), GPT2.from_pretrained('mini_free').eval()
+    idx = torch.randint(0, 257, (2, 128))
+    assert model.config.ln_mode == 'none'
+    with torch.no_grad():
+        assert difference(model(idx)[0], checkpoint(idx)[0]) < 1e-3
+
+# -----------------------------------------------------------------------------
+# Data.
+
+def documents_of(name, split, eot):
+    ids = np.fromfile(f'data/{name}/{split}.bin', np.uint16).tolist()
+    docs = [[]]
+    for i in ids:
+        docs[-1].append(i)
+        if i == eot:
+            docs.append([])
+    assert docs.pop() == []
+    return docs
+
+
+NASTY = ['plain text, and  two  spaces', '', '<|endoftext|> is ordinary text here', 'naïve 文字 🙂 \u200b\n\n\t x', 'a lone \ud800 surrogate', ' ' * 50,
+         "don't I'll we've", '\r\nwindows\r\n']
+
+
+def test_bins_equal_tiktoken(workspace):
+    try:
+        bpe = prepare.get_tokenizer('gpt2').bpe
+    except BadInput as e:
+        pytest.skip(str(e))
+    import pyarrow
+    import pyarrow.parquet
+    os.makedirs('corpus/deep', exist_ok=True)
+    big = ''.join((REPO / f).read_text() for f in ('model.py', 'train.py', 'prepare.py')) * 40     # over PIECE: read in several pieces
+    assert len(big) > 3 * prepare.PIECE
+    Path('corpus/big.txt').write_text(big)
+    Path('corpus/deep/a.jsonl').write_text('\n'.join(json.dumps({'text': t}) for t in NASTY) + '\n\n')
+    clean = [t for t in NASTY if '\ud800' not in t]
+    pyarrow.parquet.write_table(pyarrow.table({'text': clean, 'other': list(range(len(clean)))}), 'corpus/p.parquet')
+    prepare.main(['corpus', '--name=bpe', '--val_fraction=0'])
+    assert documents_of('bpe', 'train', 50256) == [bpe.encode_ordinary(t) + [50256] for t in [big, *NASTY, *clean]]
+    meta = json.loads(Path('data/bpe/meta.json').read_text())
+    assert meta['tokenizer'] == 'gpt2' and meta['train']['documents'] == 1 + len(NASTY) + len(clean)
+    prepare.main(['corpus', '--name=bpe', '--val_fraction=0', '--max_tokens=5000'])
+    assert os.path.getsize('data/bpe/train.bin') == 2 * 5000 and documents_of('bpe', 'train', 50256) == [bpe.encode_ordinary(big)[:4999] + [50256]]
+    # a hub dataset is read by `datasets`, streaming; here from a folder, which load_dataset treats alike
+    import datasets
+    rows = [prepare.row(r, 'test') for r in datasets.load_dataset('parquet', data_files='corpus/p.parquet', split='train', streaming=True)]
+    assert rows == clean
+
+
+def test_bytes_and_what_is_counted(workspace, capsys):
+    os.makedirs('raw', exist_ok=True)
+    Path('raw/a.txt').write_bytes(b'good \xff\xfe bad')
+    Path('raw/b.txt').write_bytes(b'')
+    Path('raw/c.txt').write_bytes('é🙂\r\n'.encode())
+    prepare.main(['raw', '--tokenizer=bytes', '--val_fraction=0'])
+    assert documents_of('raw', 'train', 256) == [[*t.encode(), 256] for t in ('good \ufffd\ufffd bad', '', 'é🙂\r\n')]
+    out = capsys.readouterr().out
+    assert '1 empty documents, kept' in out and '2 bytes were not UTF-8 and were replaced' in out
+    assert prepare.Bytes().decode([*'é🙂'.encode(), 256]) == 'é🙂'
+
+
+def test_the_splits_share_no_document(workspace):
+    prepare.main(['stdlib', '--tokenizer=bytes', '--val_fraction=0.2'])
+    splits = [{tuple(d) for d in documents_of('stdlib', s, 256) if len(d) > 300} for s in ('train', 'val')]
+    assert min(map(len, splits)) > 50 and not splits[0] & splits[1]
+
+# -----------------------------------------------------------------------------
+# Bad input: one line on stderr that says what to type, exit status 2, nothing written.
+
+@pytest.fixture(scope='session')
+def broken(workspace):
+    """What the cases below refer to."""
+    train.main(TINY + ['--out_dir=run', '--max_iters=2'])
+    train.main(TINY + REMOVE + ['--out_dir=free', '--max_iters=16'])
+    GPT2.from_pretrained('run').save_pretrained('model')
+    Path('bad.py').write_text('batch_size = 4\nbatchsize = 8\n')
+    Path('code.py').write_text('import os\n')
+    Path('empty').mkdir()
+    for name, change in {'odd': b'x', 'big': np.full(4000, 60000, np.uint16).tobytes(), 'grown': b'xx' * 99, 'novel': b''}.items():
+        shutil.copytree('data/tiny', f'data/{name}')
+        with open(f'data/{name}/train.bin', 'wb' if name == 'big' else 'ab') as f:
+            f.write(change)
+        if name == 'big':
+            os.remove('data/big/meta.json')
+    os.makedirs('data/shortval')
+    shutil.copy('data/tiny/train.bin', 'data/shortval')
+    Path('data/shortval/val.bin').write_bytes(b'x' * 40)
+    meta = json.loads(Path('data/novel/meta.json').read_text())
+    Path('data/novel/meta.json').write_text(json.dumps(meta | {'tokenizer': 'gpt2', 'vocab_size': 50257, 'eot': 50256}))
+    from safetensors.torch import load_file, save_file
+    for name, change in {'missing': lambda sd: sd.pop('transformer.h.0.ln_1.weight'), 'shape': lambda sd: sd.update({'transformer.wpe.weight': torch.zeros(7, 32)}),
+                         'llama': None, 'pickled': None, 'cut': None}.items():
+        shutil.copytree('model', name)
+        sd = load_file('model/model.safetensors')
+        if change:
+            change(sd)
+            save_file(sd, f'{name}/model.safetensors')
+    Path('llama/config.json').write_text(json.dumps(json.loads(Path('model/config.json').read_text()) | {'model_type': 'llama'}))
+    os.rename('pickled/model.safetensors', 'pickled/pytorch_model.bin')
+    os.truncate('cut/model.safetensors', 5000)
+    shutil.copytree('run', 'damaged')
+    os.truncate('damaged/ckpt.pt', 3000)
+    os.makedirs('nanogpt')
+    torch.save({'model_args': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, bias=False, vocab_size=257), 'model': {}}, 'nanogpt/ckpt.pt')
+    Path('bad.jsonl').write_text('{"text": "fine"}\n{"text": 3}\n')
+    Path('void.txt').write_text('')
+    Path('words.txt').write_text('some words')
+
+
+NEW = ['--out_dir=never']
+TRAIN_ERRORS = [
+    (['--batchsize=8'], "unknown key 'batchsize'; the nearest known one is 'batch_size'"),
+    (['--batch_size=large'], "batch_size is 'large'; expected int, like batch_size=12"),
+    (['--max_iters=1.5'], "max_iters is 1.5; expected int"),
+    (['--remove_ln=1'], "remove_ln is 1; expected bool"),
+    (['--batch_size=0'], "batch_size is 0; expected at least 1"),
+    (['--batch_size', '8'], "--batch_size: expected --key=value"),
+    (['--dtype=float16'], "expected one of auto, float32, bfloat16"),
+    (['--ln_mode=fake'], "'fake' comes with --remove_ln=True"),
+    (['config/nothing.py'], "no config file config/nothing.py"),
+    (['bad.py'], "bad.py, line 2: unknown key 'batchsize'"),
+    (['code.py'], "code.py, line 1: expected `name = value`, got 'import os'"),
+    (TINY + NEW + ['--dataset=nothing'], "no data/nothing/train.bin: make it with `python prepare.py nothing`"),
+    (TINY + NEW + ['--dataset=odd'], "data/odd/train.bin has an odd number of bytes"),
+    (TINY + NEW + ['--dataset=grown'], "run prepare.py again"),
+    (TINY + ['--out_dir=toobig', '--dataset=big', '--init_from=model'], "holds token id 60000, but the model's vocabulary ends at 256"),
+    (NEW + ['--dataset=novel', '--init_from=model', '--batch_tokens=384'], "written with the 'gpt2' tokenizer (50257 tokens), but the model has 257"),
+    (TINY + NEW + ['--dataset=shortval'], "data/shortval/val.bin has 20 tokens, less than one window of block_size + 1 = 33"),
+    (NEW + ['--dataset=tiny', '--init_from=model', '--block_size=64'], "block_size is 64; the model's context is 32 tokens: type --block_size=32 or less"),
+    (TINY + NEW + ['--batch_tokens=500'], "batch_tokens is 500; expected a multiple of batch_size * block_size * processes = 4 * 32 * 1 = 128: type --batch_tokens=512"),
+    (TINY + NEW + REMOVE + ['--max_iters=13'], "the schedule has merge bos at iteration 13, outside the run of max_iters=13"),
+    (TINY + NEW + ['--max_iters=2000', '--remove_ln=True', '--start_ln2=10', '--gap_ln2=-20'], "at iteration -10, outside the run"),
+    (['--dataset=tiny', '--batch_size=4', '--batch_tokens=128'] + NEW + REMOVE + ['--init_from=free', '--max_iters=20'],
+     "the schedule asks for h.0.ln_2, which the model of init_from=free has lost already"),
+    (TINY + NEW + ['--init_from=no/such'], "no/such names nothing"),
+    (TINY + NEW + ['--init_from=./nosuch/model/here'], "names nothing: no folder here, and not a hub id"),
+    (TINY + NEW + ['--init_from=empty'], "empty has no config.json"),
+    (NEW + ['--dataset=tiny', '--init_from=missing'], "the weights lack h.0.ln_1.weight (1 tensors missing)"),
+    (NEW + ['--dataset=tiny', '--init_from=shape'], "wpe.weight has shape [7, 32], expected [32, 32]"),
+    (NEW + ['--dataset=tiny', '--init_from=llama'], "model_type is 'llama'; this is a model of another architecture"),
+    (NEW + ['--dataset=tiny', '--init_from=pickled'], "no model.safetensors (pickled weights are not read)"),
+    (NEW + ['--dataset=tiny', '--init_from=cut'], "cut: damaged weights"),
+    (NEW + ['--dataset=tiny', '--init_from=damaged'], "damaged/ckpt.pt is damaged"),
+    (NEW + ['--dataset=tiny', '--init_from=nanogpt'], "a checkpoint of another architecture"),
+    (NEW + ['--dataset=tiny', '--init_from=model', '--n_layer=7'], "n_layer is 7, but the model of init_from=model has 2"),
+    (TINY + ['--out_dir=run', '--init_from=resume', '--n_embd=64'], "n_embd is 64, but the model of init_from=resume has 32"),
+    (TINY + ['--out_dir=run', '--init_from=resume', '--remove_ln=True'], "run/ckpt.pt is of a run with remove_ln=False"),
+    (TINY + REMOVE + ['--out_dir=free', '--init_from=resume', '--start_lnf=18', '--max_iters=20'], "ln_f, which the model of init_from=resume has lost already"),
+    (TINY + ['--out_dir=empty', '--init_from=resume'], "no checkpoint empty/ckpt.pt"),
+    (TINY + ['--out_dir=run'], "run holds another run's checkpoint: resume that run with --init_from=resume, or choose another --out_dir"),
+    (TINY + ['--out_dir=words.txt/x'], "out_dir words.txt/x cannot be written"),
+    (TINY + NEW + ['--control=empty'], "no empty/log.jsonl"),
+]
+PREPARE_ERRORS = [
+    (['nothing.txt'], "no such file: nothing.txt"),
+    (['./nothing'], "no such file: ./nothing"),
+    (['empty'], "nothing to read in empty"),
+    (['void.txt', '--tokenizer=bytes'], "nothing to read in void.txt: only empty documents"),
+    (['bad.jsonl', '--tokenizer=bytes'], "bad.jsonl, line 2: bad.jsonl: expected rows with a string `text`"),
+    (['words.txt', '--tokenizer=bytes', '--max_tokens=100'], "--max_tokens=100 is smaller than a window"),
+    (['words.txt', '--tokenizer=words'], "tokenizer is 'words'; expected gpt2 or bytes"),
+    (['words.txt', '--tokenizer=bytes', '--val_fraction=2'], "--val_fraction=2.0: expected a number from 0 to 1"),
+    (['words.txt', '--max_token=9'], "--max_token=9: expected one of --name="),
+]
+
+
+@pytest.mark.parametrize('script, args, message', [(train, *e) for e in TRAIN_ERRORS] + [(prepare, *e) for e in PREPARE_ERRORS],
+                         ids=lambda v: v if isinstance(v, str) else '')
+def test_bad_input_is_told_in_one_line(script, args, message, broken, capsys):
+    kept = {p: p.read_bytes() for p in Path('.').rglob('*') if p.is_file() and p.parts[0] in ('run', 'free', 'data')}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        script.main(args)
+    error = capsys.readouterr().err.strip()
+    assert e.value.code == 2 and message in error and '\n' not in error, error
+    assert not os.path.exists('never')
+    assert kept == {p: p.read_bytes() for p in Path('.').rglob('*') if p.is_file() and p.parts[0] in ('run', 'free', 'data')}
