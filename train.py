@@ -285,10 +285,11 @@ class Data:
         if rows.max() >= self.vocab_size:
             raise BadInput(f"{self.dir} holds token id {rows.max()}, but the model's vocabulary ends at {self.vocab_size - 1}: "
                            f"prepare the data with the model's own tokenizer")
-        rows = torch.from_numpy(rows)
+        # contiguous, because a graph is compiled for its inputs' strides too
+        x, y = (torch.from_numpy(np.ascontiguousarray(r)) for r in (rows[:, :-1], rows[:, 1:]))
         if self.device.startswith('cuda'):
-            rows = rows.pin_memory().to(self.device, non_blocking=True)
-        return rows[:, :-1], rows[:, 1:]
+            x, y = (t.pin_memory().to(self.device, non_blocking=True) for t in (x, y))
+        return x, y
 
     def batch(self, it, micro):
         """Micro-batch number `micro` of iteration it, counted over all ranks: x, y (batch_size, block_size)."""
