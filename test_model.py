@@ -132,6 +132,12 @@ def test_a_gate_moves_its_own_site_only_and_mixes_the_inverse_scales():
     expected = (x - x.mean(-1, keepdim=True)) * (0.75 / sigma + 0.25 / 1.7) * ln.weight + ln.bias
     assert difference(v, expected) < 1e-5
     assert [name for name, gate in model.sites().items() if gate > 0] == ['h.1.ln_1.v']
+    # queries and keys read the one, values the other
+    attn = model.h[1].attn
+    (q, k, _), (_, _, value) = (attn.c_attn(z).view(2, 5, 3, 3, 13).permute(2, 0, 3, 1, 4) for z in (qk, v))
+    scores = (q @ k.mT / 13 ** 0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    expected = attn.c_proj((scores.softmax(-1) @ value).transpose(1, 2).reshape(2, 5, 39))
+    assert difference(attn(qk, v), expected) < 1e-4 < difference(attn(qk, qk), expected)
 
 
 @torch.no_grad()
@@ -348,6 +354,19 @@ def test_evaluation_predicts_every_token_once_whatever_the_batch(workspace):
         assert train.evaluate(model, data) == pytest.approx(expected, rel=1e-6)
         cfg.eval_iters = 10
         assert sum(n for _, _, n in data.windows()) == 320
+
+
+def test_batches_are_a_function_of_seed_and_iteration_however_they_are_cut(workspace):
+    def batches(it, **keys):
+        cfg, _ = train.load_config(TINY + [f'--{k}={v}' for k, v in keys.items()])
+        data = train.Data(cfg, 'cpu')
+        data.open(257, ['train'])
+        rows = [torch.cat(data.batch(it, m), 1) for m in range(512 // 32 // cfg.batch_size)]
+        assert all(torch.equal(r[:, 1:32], r[:, 32:-1]) for r in rows)      # targets are the inputs, one on
+        return torch.cat(rows)
+    assert torch.equal(batches(3), batches(3, batch_size=8))
+    assert not torch.equal(batches(3), batches(4)) and not torch.equal(batches(3), batches(3, seed=2))
+    assert len({tuple(r) for r in batches(3).tolist()}) > 12
 
 
 def steps_of(out_dir):

@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 
@@ -445,9 +446,11 @@ def train(cfg, given):
     # Two graphs for the whole run: one to train; one to evaluate, which also measures the constants.
     model = raw
     evaluator = lambda x, y: raw(x, y, return_stds=cfg.remove_ln)
-    if cfg.compile or (cfg.compile is None and cuda):
+    compiled = cuda if cfg.compile is None else cfg.compile
+    if compiled:
         model, evaluator = torch.compile(raw, fullgraph=True), torch.compile(evaluator, fullgraph=True)
     if WORLD > 1:   # gates and constants are set alike on all ranks, so there are no buffers to broadcast
+        warnings.filterwarnings('ignore', message='.*broadcast_buffers')    # torch 2.11 has no other name for it
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[LOCAL_RANK] if cuda else None, broadcast_buffers=False)
     decay = [[p for p in raw.parameters() if (p.dim() >= 2) == two_d] for two_d in (True, False)]
     optimizer = torch.optim.AdamW([{'params': decay[0], 'weight_decay': cfg.weight_decay}, {'params': decay[1], 'weight_decay': 0.0}],
@@ -461,8 +464,7 @@ def train(cfg, given):
     peak = peak_flops() if cuda else None
     if master:
         print(f"{raw.num_params():,} parameters, ln_mode {raw.config.ln_mode!r}, on {WORLD} x {device.split(':')[0]} in {dtype}"
-              f"{', compiled' if model is not raw and not (WORLD > 1 and model.module is raw) else ''}; "
-              f"{cfg.batch_tokens:,} tokens an iteration")
+              f"{', compiled' if compiled else ''}" + f"; {cfg.batch_tokens:,} tokens an iteration" * (not cfg.eval_only))
 
     def log(**entry):
         if master:
