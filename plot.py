@@ -7,6 +7,8 @@ import json
 import os
 import sys
 
+import numpy as np
+
 COLOURS = {'ln_2': 'tab:orange', 'qk': 'tab:green', 'v': 'tab:red', 'ln_f': 'tab:purple', 'merge': 'tab:gray'}
 
 
@@ -16,7 +18,7 @@ def plot(path, runs):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(9, 5), layout='constrained')
-    marked, lowest, highest = set(), [], []
+    marked, values = set(), []
     for run in runs:
         with open(os.path.join(run, 'log.jsonl')) as f:
             log = [json.loads(line) for line in f]
@@ -24,23 +26,20 @@ def plot(path, runs):
         evals = [(e['iter'], e['val_loss']) for e in log if e['event'] == 'eval']
         removes = [e for e in log if e['event'] == 'remove']
         label = 'LayerNorm removed' if removes else 'LayerNorm kept'
-        smooth, average = [], None
-        for i, loss in train:
-            average = loss if average is None else 0.9 * average + 0.1 * loss
-            smooth.append(average)
-        line, = ax.plot([i for i, _ in train], smooth, lw=1, alpha=0.6, label=f'{label}: training, smoothed ({run})')
-        ax.plot(*zip(*evals), 'o-', ms=4, color=line.get_color(), label=f'{label}: validation')
-        lowest.append(min(v for _, v in evals))
-        highest.append(evals[0][1])
+        width = max(len(train) // 6, 1)    # a moving average: one batch's loss says more of the batch than of the model
+        smooth = [np.convolve(z, np.ones(width) / width, 'valid') for z in zip(*train)]
+        line, = ax.plot(*smooth, lw=1, alpha=0.6, label=f'{label}: training, mean of {width} logged iterations')
+        ax.plot(*zip(*evals), 'o-', ms=4, color=line.get_color(), label=f'{label}: validation ({run})')
+        values += [v for _, v in evals] + list(smooth[1])
         for e in log:
             if run == runs[0] and e['event'] in ('remove', 'merge'):
                 kind = 'merge' if e['event'] == 'merge' else e['site'].split('.')[-1]
                 label = {'merge': 'special constants merged'}.get(kind, f'{kind} removed')
                 ax.axvline(e['iter'], color=COLOURS[kind], lw=0.8, alpha=0.7, ls=':', label=None if kind in marked else label)
                 marked.add(kind)
-    room = max(max(highest) - min(lowest), 0.05)
-    ax.set(xlabel='iteration', ylabel='cross-entropy (nats)', ylim=(min(lowest) - 0.3 * room, max(highest) + 0.6 * room))
-    ax.legend(fontsize=8)
+    low, high = min(values), np.quantile(values, 0.95)      # the start of a run from scratch would flatten the rest
+    ax.set(xlabel='iteration', ylabel='cross-entropy (nats)', ylim=(low - 0.05 * (high - low), high + 0.3 * (high - low)))
+    fig.legend(loc='outside lower center', ncols=2, fontsize=8)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 

@@ -8,4 +8,4 @@ max_iters = 400
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 20
-eval_interval = 50
+eval_interval = 25

@@ -9,7 +9,7 @@ max_iters = 400
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 20
-eval_interval = 50
+eval_interval = 25
 
 remove_ln = True
 start_ln2 = 20      # layers 0 to 3 at 20, 26, 32, 38
