@@ -49,6 +49,8 @@ class GPT2Config:
                 raise BadInput(f"{name} is {value!r}; expected a whole number of at least 1")
         if self.n_embd % self.n_head:
             raise BadInput(f"n_embd is {self.n_embd}, n_head {self.n_head}; expected n_embd to be a multiple of n_head")
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"dropout is {self.dropout}; expected a number from 0 up to 1")
         if self.ln_mode == 'none':
             self.tie_word_embeddings = False
         if self.eot_token_id is None:
@@ -287,7 +289,7 @@ class GPT2(nn.Module):
             raise BadInput(f'this model cannot be folded: {why}')
         sd = {k: v.clone() for k, v in self.state_dict().items()}
         for name, reader in self._readers():
-            w, b, std, gate = (sd.pop(f'{name}.{p}').double() for p in ('weight', 'bias', 'std', 'gate'))
+            w, b, std, _ = (sd.pop(f'{name}.{p}').double() for p in ('weight', 'bias', 'std', 'gate'))
             W = sd[f'{reader}.weight'].double()
             Ws = W * (w / std[TOKEN])
             c = sd.get(f'{reader}.bias', W.new_zeros(len(W))).double()
@@ -358,19 +360,18 @@ class GPT2(nn.Module):
             return cls._build(config, sd, source).fold_ln()
         elif here != want and (here, want) != ('real', 'fake'):
             raise BadInput(f"{source} has ln_mode {here!r} and cannot be loaded as {want!r}")
-        return cls._build(replace(config, ln_mode=want), sd, source)
+        return cls._build(replace(config, ln_mode=want), sd, source, fresh_gates=here == 'real')
 
     @classmethod
-    def _build(cls, config, sd, source):
+    def _build(cls, config, sd, source, fresh_gates=False):
         """A model with the tensors of sd, and no memory spent before every name and shape has been checked."""
         with torch.device('meta'):
             model = cls(config)
-        fresh = {k: v for k, v in model.named_buffers() if k not in sd}     # gates and constants of a former 'real'
-        sd, expected = {**sd, **fresh}, model.state_dict()
-        for name in sorted(expected.keys() - sd.keys()):
-            raise BadInput(f"{source}: the weights lack {name} ({len(expected.keys() - sd.keys())} tensors missing)")
-        for name in sorted(sd.keys() - expected.keys()):
-            raise BadInput(f"{source}: unexpected tensor {name}: not a GPT-2 of this configuration")
+        sd, expected = sd | (dict(model.named_buffers()) if fresh_gates else {}), model.state_dict()
+        if missing := sorted(expected.keys() - sd.keys()):
+            raise BadInput(f"{source}: the weights lack {missing[0]} ({len(missing)} tensors missing)")
+        if unexpected := sorted(sd.keys() - expected.keys()):
+            raise BadInput(f"{source}: unexpected tensor {unexpected[0]}: not a GPT-2 of this configuration")
         for name, t in expected.items():
             if sd[name].shape != t.shape:
                 raise BadInput(f"{source}: {name} has shape {list(sd[name].shape)}, expected {list(t.shape)}")
@@ -441,7 +442,8 @@ def load_checkpoint(out_dir):
     path = os.path.join(out_dir, 'ckpt.pt')
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
-        ckpt['model_args'], ckpt['model']
+        if not all(torch.is_tensor(v) for v in ckpt['model'].values()) or not isinstance(ckpt['model_args'], dict):
+            raise TypeError
     except FileNotFoundError:
         raise BadInput(f"no checkpoint {path}: expected an out_dir in which train.py saved one")
     except Exception as e:      # torch names damage by many exceptions: RuntimeError, EOFError, UnpicklingError, KeyError
@@ -468,13 +470,15 @@ def _read_config(folder):
     try:
         with open(path) as f:
             hf = json.load(f)
-        args = dict(block_size=hf.get('n_positions') or hf['n_ctx'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'],
-                    n_head=hf['n_head'], n_embd=hf['n_embd'], layer_norm_epsilon=float(hf.get('layer_norm_epsilon', 1e-5)),
-                    tie_word_embeddings=hf.get('tie_word_embeddings', True))
+        args = dict(block_size=hf.get('n_positions', hf.get('n_ctx')), layer_norm_epsilon=hf.get('layer_norm_epsilon', 1e-5),
+                    tie_word_embeddings=hf.get('tie_word_embeddings', True), **{k: hf[k] for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd')})
+        GPT2Config(**args)
+        if not args['layer_norm_epsilon'] > 0 or not isinstance(args['tie_word_embeddings'], bool):
+            raise ValueError('layer_norm_epsilon or tie_word_embeddings')
     except FileNotFoundError:
         raise BadInput(f"{folder} has no config.json (nor a ckpt.pt): expected a Hugging Face folder or a run's out_dir")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise BadInput(f"{path} is not a GPT-2's config.json: {type(e).__name__} {e}")
+        raise BadInput(f"{path} is not a GPT-2's config.json ({type(e).__name__}: {e})")
     # what would change the computation, with the values that this model has
     for key, good in [('model_type', ('gpt2',)), ('activation_function', ('gelu_new', 'gelu_pytorch_tanh')),
                       ('n_inner', (None, 4 * args['n_embd'])), ('scale_attn_weights', (True,)),

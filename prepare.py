@@ -71,6 +71,9 @@ class GPT2BPE:
             return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
         except UnicodeEncodeError:      # lone surrogates, which JSON can hold
             return np.array(self.bpe.encode_ordinary(text), np.uint16)
+        except ValueError:      # a run of a million spaces is too much for tiktoken's regular expression
+            half = len(text) // 2
+            return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
 
 
 def get_tokenizer(name):
@@ -114,7 +117,7 @@ def jsonl_file(path):
             if line.strip():
                 try:
                     yield row(json.loads(line), path), True
-                except ValueError as e:
+                except (ValueError, RecursionError) as e:
                     raise BadInput(f"{path}, line {n}: {e if isinstance(e, BadInput) else f'not JSON: {e}'}")
 
 
@@ -124,8 +127,8 @@ def parquet_file(path):
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
             for r in batch.to_pylist():
                 yield row(r, path), True
-    except pyarrow.ArrowInvalid as e:
-        raise BadInput(f"{path} is not a parquet file: {e}")
+    except (pyarrow.ArrowException, OSError) as e:
+        raise BadInput(f"{path} is not a parquet file, or damaged: {e}")
 
 
 def row(r, source):
@@ -166,8 +169,13 @@ def stdlib_files():
 
 def local_files(path):
     if not os.path.isdir(path):
+        if '.' in os.path.basename(path) and not path.endswith(TEXT + ROWS):
+            raise BadInput(f"cannot tell what {path} holds: expected a file that ends in {', '.join(TEXT + ROWS)}")
         return [path]
-    found = [os.path.join(d, n) for d, _, names in os.walk(path) for n in names if n.endswith(TEXT + ROWS)]
+    found = []
+    for folder, dirs, names in os.walk(path):
+        dirs[:] = [d for d in dirs if not d.startswith('.')]    # .git, .venv
+        found += [os.path.join(folder, n) for n in names if n.endswith(TEXT + ROWS)]
     if not found:
         raise BadInput(f"nothing to read in {path}: expected files that end in {', '.join(TEXT + ROWS)}")
     return sorted(found)
@@ -199,10 +207,9 @@ def encoded(pieces, tokenizer):
     def ids(p):
         if isinstance(p, str):
             return tokenizer.encode(p)
-        p = np.array(p, np.int64)
-        if len(p) and not 0 <= p.min() <= p.max() < tokenizer.vocab_size:
-            raise BadInput(f"input_ids from {p.min()} to {p.max()} are not the {tokenizer.name} tokenizer's")
-        return p.astype(np.uint16)
+        if not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in p):
+            raise BadInput(f"a row's input_ids are not the {tokenizer.name} tokenizer's: expected integers below {tokenizer.vocab_size}")
+        return np.array(p, np.uint16)
 
     def work(batch):
         return [(ids(p), end) for p, end in batch]
@@ -227,11 +234,11 @@ def prepare(sources, name, tokenizer, max_tokens, val_fraction):
     global undecodable
     undecodable, t0 = 0, time.time()
     final, tmp = os.path.join('data', name), os.path.join('data', f'.{name}.partial')
-    shutil.rmtree(tmp, ignore_errors=True)
-    os.makedirs(tmp)
     rng, empty = random.Random(2357), 0
     counts = {split: {'documents': 0, 'tokens': 0} for split in ('train', 'val')}
     try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        os.makedirs(tmp)
         files = {split: open(os.path.join(tmp, f'{split}.bin'), 'w+b') for split in counts}
         with tqdm(unit=' tokens', unit_scale=True, total=max_tokens, disable=None) as bar:
             split, length = None, 0
@@ -257,7 +264,7 @@ def prepare(sources, name, tokenizer, max_tokens, val_fraction):
             raise BadInput(f"nothing to read in {' '.join(sources)}: {'only empty documents' if total else 'no documents'}")
         if counts['val']['tokens'] == 0 and val_fraction > 0:
             # too few documents to draw from, such as a single book: its end is the validation split
-            n = max(int(counts['train']['tokens'] * val_fraction), 1)
+            n = max(int(total * val_fraction), min(WINDOW[tokenizer.name] + 1, total // 2))
             files['train'].seek(-2 * n, os.SEEK_END)
             files['val'].write(files['train'].read())
             files['train'].truncate(2 * (counts['train']['tokens'] - n))
@@ -290,7 +297,8 @@ def main(argv=None):
         print(__doc__)
         return
     try:
-        options = {'name': '', 'tokenizer': 'gpt2', 'max_tokens': 0, 'val_fraction': -1.0}
+        options = {'name': None, 'tokenizer': 'gpt2', 'max_tokens': None, 'val_fraction': None}
+        kinds = {'name': str, 'tokenizer': str, 'max_tokens': int, 'val_fraction': float}
         sources = [a for a in argv if not a.startswith('--')]
         for arg in argv:
             if arg.startswith('--'):
@@ -298,27 +306,32 @@ def main(argv=None):
                 if key not in options or not eq:
                     raise BadInput(f"{arg}: expected one of {', '.join(f'--{k}=' for k in options)}")
                 try:
-                    options[key] = type(options[key])(value)
+                    options[key] = kinds[key](value)
                 except ValueError:
-                    raise BadInput(f"{arg}: {value!r} is not a number")
+                    raise BadInput(f"{arg}: {value!r} is not {'a whole number' if kinds[key] is int else 'a number'}")
         if not sources:
             raise BadInput("nothing to read: name a preset, a hub dataset, files or folders")
         for s in sources:
             if not os.path.exists(s) and (s.endswith((*TEXT, *ROWS, '/')) or not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', s)):
                 raise BadInput(f"no such file: {s}")
         tokenizer = get_tokenizer(options['tokenizer'])
-        if '--max_tokens' in ' '.join(argv) and options['max_tokens'] <= WINDOW[tokenizer.name]:
+        if options['max_tokens'] is not None and options['max_tokens'] <= WINDOW[tokenizer.name]:
             raise BadInput(f"--max_tokens={options['max_tokens']} is smaller than a window: expected more than {WINDOW[tokenizer.name]}")
         fraction = options['val_fraction']
-        if fraction == -1:
+        if fraction is None:
             fraction = PRESETS.get(sources[0], (None, 0.01))[1]
         if not 0 <= fraction <= 1:
             raise BadInput(f"--val_fraction={fraction}: expected a number from 0 to 1")
         name = options['name'] or os.path.splitext(os.path.basename(sources[0].rstrip('/')))[0]
+        if not re.fullmatch(r'\w[\w.-]*', name):
+            raise BadInput(f"the data would be called {name!r}: choose another name with --name=, of letters, digits, '.', '_' and '-'")
         prepare(sources, name, tokenizer, options['max_tokens'], fraction)
     except BadInput as e:
         print(f"prepare.py: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("prepare.py: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == '__main__':

@@ -305,7 +305,7 @@ def test_taper():
         gates.append(model.sites()['h.0.ln_2'].item())
     assert gates == [0, 0, 0.25, 0.5, 0.75] + [1.0] * 9
     with pytest.raises(BadInput, match='outside the run of max_iters=13'):
-        train.check_schedule(events, train.load_config(REMOVE + ['--taper_iters=4', '--max_iters=13'])[0], {}, 0)
+        train.check_schedule(events, train.load_config(REMOVE + ['--taper_iters=4', '--max_iters=13'])[0], {})
 
 # -----------------------------------------------------------------------------
 # Training runs.
@@ -526,6 +526,14 @@ def broken(workspace):
     os.truncate('damaged/ckpt.pt', 3000)
     os.makedirs('nanogpt')
     torch.save({'model_args': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, bias=False, vocab_size=257), 'model': {}}, 'nanogpt/ckpt.pt')
+    shutil.copytree('run', 'nolog')
+    os.truncate('nolog/log.jsonl', 10)
+    shutil.copytree('data/tiny', 'data/strange')
+    Path('data/strange/meta.json').write_text('{"vocab_size": 300}')
+    shutil.copytree('model', 'strange')
+    Path('strange/config.json').write_text(json.dumps(json.loads(Path('model/config.json').read_text()) | {'n_embd': '32'}))
+    Path('zipped.jsonl.gz').write_bytes(b'x')
+    Path('ids.jsonl').write_text('{"input_ids": [1, 2.5]}')
     Path('bad.jsonl').write_text('{"text": "fine"}\n{"text": 3}\n')
     Path('void.txt').write_text('')
     Path('words.txt').write_text('some words')
@@ -569,11 +577,19 @@ TRAIN_ERRORS = [
     (NEW + ['--dataset=tiny', '--init_from=model', '--n_layer=7'], "n_layer is 7, but the model of init_from=model has 2"),
     (TINY + ['--out_dir=run', '--init_from=resume', '--n_embd=64'], "n_embd is 64, but the model of init_from=resume has 32"),
     (TINY + ['--out_dir=run', '--init_from=resume', '--remove_ln=True'], "run/ckpt.pt is of a run with remove_ln=False"),
-    (TINY + REMOVE + ['--out_dir=free', '--init_from=resume', '--start_lnf=18', '--max_iters=20'], "ln_f, which the model of init_from=resume has lost already"),
+    (TINY + REMOVE + ['--out_dir=free', '--init_from=resume', '--start_lnf=18', '--max_iters=20'], "written under another schedule (remove ln_f at 10 is in one of them only"),
+    (TINY + REMOVE + ['--out_dir=free', '--init_from=resume', '--max_iters=14'], "max_iters is 14, but the checkpoint is of iteration 16: type --max_iters=16"),
+    (TINY + ['--out_dir=run', '--init_from=resume', '--block_size=16'], "block_size is 16, but run/ckpt.pt has 32"),
+    (['--out_dir=nolog', '--init_from=resume', '--dataset=tiny', '--batch_size=4', '--batch_tokens=512', '--max_iters=2'], "nolog/log.jsonl is shorter than"),
+    (TINY + NEW + ['--dataset=strange'], "data/strange/meta.json does not name the tokenizer"),
+    (NEW + ['--dataset=tiny', '--init_from=strange'], "strange/config.json is not a GPT-2's config.json"),
+    (TINY + NEW + ['--dropout=2.0'], "dropout is 2.0; expected at least 0 and less than 1"),
+    (TINY + NEW + ['--taper_iters=-1'], "taper_iters is -1; expected at least 0"),
+    (TINY + NEW + ['--device=abacus'], "device is 'abacus', which cannot be used here"),
     (TINY + ['--out_dir=empty', '--init_from=resume'], "no checkpoint empty/ckpt.pt"),
     (TINY + ['--out_dir=run'], "run holds another run's checkpoint: resume that run with --init_from=resume, or choose another --out_dir"),
     (TINY + ['--out_dir=words.txt/x'], "out_dir words.txt/x cannot be written"),
-    (TINY + NEW + ['--control=empty'], "no empty/log.jsonl"),
+    (TINY + NEW + ['--control=empty'], "empty/log.jsonl is missing, damaged or holds no evaluation"),
 ]
 PREPARE_ERRORS = [
     (['nothing.txt'], "no such file: nothing.txt"),
@@ -584,6 +600,10 @@ PREPARE_ERRORS = [
     (['words.txt', '--tokenizer=bytes', '--max_tokens=100'], "--max_tokens=100 is smaller than a window"),
     (['words.txt', '--tokenizer=words'], "tokenizer is 'words'; expected gpt2 or bytes"),
     (['words.txt', '--tokenizer=bytes', '--val_fraction=2'], "--val_fraction=2.0: expected a number from 0 to 1"),
+    (['words.txt', '--tokenizer=bytes', '--max_tokens=1e6'], "'1e6' is not a whole number"),
+    (['words.txt', '--tokenizer=bytes', '--name=../words'], "the data would be called '../words'"),
+    (['zipped.jsonl.gz', '--tokenizer=bytes'], "cannot tell what zipped.jsonl.gz holds"),
+    (['ids.jsonl', '--tokenizer=bytes'], "input_ids are not the bytes tokenizer's"),
     (['words.txt', '--max_token=9'], "--max_token=9: expected one of --name="),
 ]
 
