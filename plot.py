@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-COLOURS = {'ln_2': 'tab:orange', 'qk': 'tab:green', 'v': 'tab:red', 'ln_f': 'tab:purple', 'merge': 'tab:gray'}
+COLOURS = {'ln_2': 'tab:orange', 'ln_1.qk': 'tab:green', 'ln_1.v': 'tab:red', 'ln_f': 'tab:purple', 'merge': 'tab:gray'}
 
 
 def plot(path, runs):
@@ -33,7 +33,7 @@ def plot(path, runs):
         values += [v for _, v in evals] + list(smooth[1])
         for e in log:
             if run == runs[0] and e['event'] in ('remove', 'merge'):
-                kind = 'merge' if e['event'] == 'merge' else e['site'].split('.')[-1]
+                kind = 'merge' if e['event'] == 'merge' else e['site'].split('.', 2)[-1]
                 label = {'merge': 'special constants merged'}.get(kind, f'{kind} removed')
                 ax.axvline(e['iter'], color=COLOURS[kind], lw=0.8, alpha=0.7, ls=':', label=None if kind in marked else label)
                 marked.add(kind)
