@@ -304,6 +304,8 @@ def test_taper():
         train.apply_schedule(events, cfg, it, model, lambda: torch.ones(5, 3))
         gates.append(model.sites()['h.0.ln_2'].item())
     assert gates == [0, 0, 0.25, 0.5, 0.75] + [1.0] * 9
+    with pytest.raises(BadInput, match='removes h.0.ln_2 twice'):
+        train.check_schedule(events + events[:1], cfg, {})
     with pytest.raises(BadInput, match='outside the run of max_iters=13'):
         train.check_schedule(events, train.load_config(REMOVE + ['--taper_iters=4', '--max_iters=13'])[0], {})
 
