@@ -320,6 +320,7 @@ class GPT2(nn.Module):
         Nothing that is loaded can run code: safetensors, or torch.load with weights_only.
         Raises BadInput if there is nothing of that name, or it is not a GPT-2, or it cannot be had in that ln_mode.
         """
+        name_or_dir = os.fspath(name_or_dir)
         if os.path.exists(os.path.join(name_or_dir, 'ckpt.pt')):
             ckpt = load_checkpoint(name_or_dir)
             return cls.from_state(ckpt['model_args'], ckpt['model'], os.path.join(name_or_dir, 'ckpt.pt'), ln_mode, dropout)
