@@ -6,12 +6,14 @@ The project's claims, one test each. Everything runs offline on two CPU cores, i
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -219,29 +221,46 @@ def test_what_transformers_cannot_express_is_refused(tmp_path):
     assert not (tmp_path / 'x').exists()
 
 
-def test_from_pretrained_downloads_from_a_hub(tmp_path, monkeypatch):
-    """Against a server on localhost that speaks the hub's protocol; the second load comes from the cache."""
-    model = random_model()
-    model.save_pretrained(tmp_path / 'repo')
-    commit, requests = 'c' * 40, []
+@pytest.fixture
+def hub(tmp_path):
+    """A server on localhost that speaks the hub's protocol -> (its repositories, to be filled; environment; requests)."""
+    repos, requests = {}, []        # {('models' or 'datasets', name): {revision: {file name: bytes}}}
 
     class Hub(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            """(status, body) of a request for /api/KIND/NAME[/tree/REVISION[/FOLDER]] or [/datasets]/NAME/resolve/REVISION/FILE."""
+            path = urllib.parse.unquote(self.path.split('?')[0])
+            for (kind, name), revisions in repos.items():
+                prefix = f'/{name}/resolve/' if kind == 'models' else f'/datasets/{name}/resolve/'
+                for i, (revision, files) in enumerate(revisions.items()):
+                    self.sha = f'{i:040x}'
+                    for r in (revision, self.sha):
+                        if path == f'/api/{kind}/{name}/revision/{r}' or path == f'/api/{kind}/{name}' and i == 0:
+                            return 200, json.dumps({'id': name, 'sha': self.sha, 'siblings': [{'rfilename': f} for f in files]}).encode()
+                        if path.startswith(f'/api/{kind}/{name}/tree/{r}'):
+                            folder = path.removeprefix(f'/api/{kind}/{name}/tree/{r}').strip('/')
+                            tree = [{'type': 'file', 'path': f, 'oid': f, 'size': len(b)} for f, b in files.items()]
+                            tree += [{'type': 'directory', 'path': str(d), 'oid': str(d)} for d in {d for f in files for d in list(Path(f).parents)[:-1]}]
+                            return 200, json.dumps(tree if 'recursive=true' in self.path.lower() else
+                                                   [t for t in tree if os.path.dirname(t['path']) == folder]).encode()
+                        if path.startswith(f'{prefix}{r}/') and path.removeprefix(f'{prefix}{r}/') in files:
+                            return 200, files[path.removeprefix(f'{prefix}{r}/')]
+            return 404, b''
+
         def do_GET(self):
             requests.append(self.path)
-            path = self.path.split('?')[0]
-            names = ('config.json', 'model.safetensors', 'pytorch_model.bin')
-            if path.startswith('/api/models/me/tiny'):
-                body = json.dumps({'id': 'me/tiny', 'sha': commit, 'siblings': [{'rfilename': n} for n in names]}).encode()
-                if '/tree/' in path:
-                    body = json.dumps([{'type': 'file', 'path': n, 'oid': n, 'size': (tmp_path / 'repo' / n).stat().st_size
-                                        if (tmp_path / 'repo' / n).exists() else 1} for n in names]).encode()
-            elif path.startswith('/me/tiny/resolve/') and (tmp_path / 'repo' / path.split('/')[-1]).exists():
-                body = (tmp_path / 'repo' / path.split('/')[-1]).read_bytes()
-            else:
-                return self.send_error(404)
-            self.send_response(200)
-            for header in (('Content-Length', len(body)), ('ETag', f'"{len(body)}"'), ('X-Repo-Commit', commit)):
-                self.send_header(*map(str, header))
+            self.sha = ''
+            status, body = self.answer()
+            headers = {'ETag': f'"{len(body)}"', 'X-Repo-Commit': self.sha, 'Accept-Ranges': 'bytes'}
+            if status == 404:
+                headers = {'X-Error-Code': 'EntryNotFound' if '/resolve/' in self.path else 'RepoNotFound'}
+            elif part := re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', '')):
+                first, last = int(part[1]), min(int(part[2] or len(body)), len(body) - 1)
+                headers['Content-Range'] = f'bytes {first}-{last}/{len(body)}'
+                status, body = 206, body[first:last + 1]
+            self.send_response(status)
+            for header in (*headers.items(), ('Content-Length', str(len(body)))):
+                self.send_header(*header)
             self.end_headers()
             if self.command == 'GET':
                 self.wfile.write(body)
@@ -252,16 +271,44 @@ def test_from_pretrained_downloads_from_a_hub(tmp_path, monkeypatch):
 
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield repos, os.environ | {'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'HF_HOME': str(tmp_path / 'cache'),
+                               'PYTHONPATH': str(REPO)}, requests
+    server.shutdown()
+
+
+def test_from_pretrained_downloads_from_a_hub(hub, tmp_path):
+    repos, env, requests = hub
+    model = random_model()
+    model.save_pretrained(tmp_path / 'repo')
+    files = {n: (tmp_path / 'repo' / n).read_bytes() for n in ('config.json', 'model.safetensors')}
+    repos['models', 'me/tiny'] = {'main': files | {'pytorch_model.bin': b'a pickle'}}
     code = ("import sys; from model import GPT2; import torch; m = GPT2.from_pretrained(sys.argv[1]).eval(); "
             "print(m(torch.arange(31)[None])[0].double().sum().item())")
-    env = os.environ | {'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'HF_HOME': str(tmp_path / 'cache'), 'PYTHONPATH': str(REPO)}
     out = subprocess.run([sys.executable, '-c', code, 'me/tiny'], env=env, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert float(out.stdout) == pytest.approx(model(torch.arange(31)[None])[0].double().sum().item(), rel=1e-4)
     assert not any('pytorch_model.bin' in r for r in requests if 'resolve' in r)    # never a pickle
     out = subprocess.run([sys.executable, '-c', code, 'me/nothing'], env=env, capture_output=True, text=True)
     assert 'BadInput: me/nothing names nothing' in out.stderr
-    server.shutdown()
+
+
+def test_prepare_streams_from_a_hub_also_what_has_a_dataset_script(hub, tmp_path):
+    import pyarrow.parquet
+    repos, env, _ = hub
+    pyarrow.parquet.write_table(pyarrow.table({'text': [f'document {i}' for i in range(300)]}), tmp_path / 'p')
+    parquet = (tmp_path / 'p').read_bytes()
+    repos['datasets', 'me/rows'] = {'main': {'data/train-00000-of-00001.parquet': parquet}}
+    repos['datasets', 'me/script'] = {'main': {'script.py': b'import os'}, 'refs/convert/parquet': {'default/train/0000.parquet': parquet}}
+    for name in ('rows', 'script'):
+        out = subprocess.run([sys.executable, str(REPO / 'prepare.py'), f'me/{name}', '--tokenizer=bytes', '--max_tokens=1000', '--val_fraction=0'],
+                             env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr
+        ids = np.fromfile(tmp_path / f'data/{name}/train.bin', np.uint16)
+        expected = np.concatenate([[*f'document {i}'.encode(), 256] for i in range(300)])
+        assert len(ids) == 1000 and ids[-1] == 256 and (ids[:-1] == expected[:999]).all()
+    out = subprocess.run([sys.executable, str(REPO / 'prepare.py'), 'me/nothing', '--tokenizer=bytes'], env=env, cwd=tmp_path,
+                         capture_output=True, text=True)
+    assert out.returncode == 2 and 'me/nothing is no file or folder here, no preset' in out.stderr and not (tmp_path / 'data/nothing').exists()
 
 # -----------------------------------------------------------------------------
 # The schedule.
@@ -467,10 +514,6 @@ def test_bins_equal_tiktoken(workspace):
     assert meta['tokenizer'] == 'gpt2' and meta['train']['documents'] == 1 + len(NASTY) + len(clean)
     prepare.main(['corpus', '--name=bpe', '--val_fraction=0', '--max_tokens=5000'])
     assert os.path.getsize('data/bpe/train.bin') == 2 * 5000 and documents_of('bpe', 'train', 50256) == [bpe.encode_ordinary(big)[:4999] + [50256]]
-    # a hub dataset is read by `datasets`, streaming; here from a folder, which load_dataset treats alike
-    import datasets
-    rows = [prepare.row(r, 'test') for r in datasets.load_dataset('parquet', data_files='corpus/p.parquet', split='train', streaming=True)]
-    assert rows == clean
 
 
 def test_bytes_and_what_is_counted(workspace, capsys):
