@@ -341,6 +341,13 @@ def test_the_papers_schedule_event_by_event():
     assert std['h.3.ln_1.qk'] == std['h.3.ln_1.v'] != std['h.3.ln_2']
     assert model.fold_ln().config.ln_mode == 'none'
 
+    # a model that lost one side in an earlier run keeps that side's constant when the other goes
+    model = GPT2(GPT2Config(block_size=4, vocab_size=9, n_layer=1, n_head=1, n_embd=4, ln_mode='fake'))
+    model.sites()['h.0.ln_1.qk'].fill_(1)
+    model.h[0].ln_1.std.fill_(5)
+    train.apply_schedule([(0, 'remove', 'h.0.ln_1.v')], cfg, 0, model, lambda: torch.ones(3, 3))
+    assert model.h[0].ln_1.std.tolist() == [5, 5, 5] and model.h[0].ln_1.gate.tolist() == [1, 1]
+
 
 def test_taper():
     cfg, _ = train.load_config(REMOVE + ['--taper_iters=4', '--max_iters=30'])

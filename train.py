@@ -229,12 +229,12 @@ def apply_schedule(events, cfg, it, model, measured):
     """
     if not any(when <= it <= when + cfg.taper_iters for when, _, _ in events):
         return []
-    lns, sites, log, stds, begun = model.layernorms(), model.sites(), [], None, set()
+    lns, sites, log, stds = model.layernorms(), model.sites(), [], None
     for when, event, name in events:
         if event == 'remove':
             ln = name.removesuffix('.qk').removesuffix('.v')
             if when == it:
-                if ln not in begun:     # measured when its first side goes, and shared by both
+                if not lns[ln].gate.any():      # measured when its first side goes, and shared by both
                     if stds is None:
                         stds = measured()
                     lns[ln].std.copy_(stds[list(lns).index(ln)])
@@ -242,7 +242,6 @@ def apply_schedule(events, cfg, it, model, measured):
                         if 0 <= start <= it:
                             lns[ln].std[kind] = lns[ln].std[TOKEN]
                 log.append(dict(event='remove', iter=it, site=name, std=dict(zip(KINDS, lns[ln].std.tolist()))))
-            begun.add(ln)
             if when <= it <= when + cfg.taper_iters:
                 sites[name].fill_(min(1.0, (it - when + 1) / max(cfg.taper_iters, 1)))
         elif when == it:
