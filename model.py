@@ -5,6 +5,8 @@ transformer around it, then folding, loading and saving.
     model = GPT2.from_pretrained('gpt2', ln_mode='fake')   # a hub id, a Hugging Face folder, or a run's out_dir
     logits, loss = model(idx, targets)                     # idx, targets: (B, T) int64
 
+    python model.py MODEL FOLDER [--folded]     # writes it as a Hugging Face folder, its LayerNorm folded away if asked
+
 `ln_mode` says what stands where GPT-2 has a LayerNorm:
     'real'   LayerNorm, numerically GPT-2's
     'fake'   LayerNorm with a gate at every site: 0 divides by the token's own std, 1 by a frozen constant
@@ -16,6 +18,8 @@ import json
 import math
 import os
 import re
+import shutil
+import sys
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -383,7 +387,7 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def save_pretrained(self, folder):
-        """Writes config.json and model.safetensors, which transformers' GPT2LMHeadModel loads as it is.
+        """Writes config.json, generation_config.json and model.safetensors, which transformers' GPT2LMHeadModel loads as it is.
 
         Without LayerNorm it keeps its LN modules, in the published convention: epsilon 1e12, so that each divides by
         1e6 whatever the token, and weights scaled by 1e6 / s. There is one epsilon for the whole model, so a model
@@ -426,9 +430,35 @@ class GPT2(nn.Module):
         tmp = os.path.join(folder, 'tmp')   # a name means a complete file: write aside, then rename
         save_file(sd, tmp, metadata={'format': 'pt'})
         os.replace(tmp, os.path.join(folder, 'model.safetensors'))
-        with open(tmp, 'w') as f:
-            json.dump(config, f, indent=2)
-        os.replace(tmp, os.path.join(folder, 'config.json'))
+        generation = {k: config[k] for k in ('bos_token_id', 'eos_token_id')}
+        for name, content in (('generation_config.json', generation), ('config.json', config)):
+            with open(tmp, 'w') as f:
+                json.dump(content, f, indent=2)
+            os.replace(tmp, os.path.join(folder, name))
+
+
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.json', 'merges.txt')
+
+
+def export(model, folder, files={}):
+    """save_pretrained into a new folder, with `files` {name: text} beside: all of it, or nothing.
+
+    Raises BadInput if the folder is there already: somebody may have uploaded or edited it.
+    """
+    if os.path.exists(folder):
+        raise BadInput(f"{folder} exists already: choose another name, or move it away first")
+    tmp = folder.rstrip('/') + '.partial'
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        model.save_pretrained(tmp)
+        for name, text in files.items():
+            with open(os.path.join(tmp, name), 'w', encoding='utf-8') as f:
+                f.write(text)
+        os.rename(tmp, folder)
+    except OSError as e:
+        raise BadInput(f"{folder} cannot be written: {e}")
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def save_checkpoint(out_dir, model, **extra):
@@ -459,7 +489,7 @@ def _from_hub(name):
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
         raise BadInput(f"{nothing}, and not a hub id")
     try:
-        return snapshot_download(name, allow_patterns=['config.json', 'model*.safetensors*'])
+        return snapshot_download(name, allow_patterns=['config.json', 'model*.safetensors*', *TOKENIZER_FILES])
     except Exception as e:      # the many ways of not being there: offline, unknown, private, a typing error
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise BadInput(f"{nothing}, and not to be had from the Hugging Face hub ({reason})")
@@ -504,3 +534,34 @@ def _read_safetensors(folder):
         raise BadInput(f"{folder} has no model.safetensors (pickled weights are not read): {e}")
     except Exception as e:      # safetensors raises a type of its own, and the index may be any JSON
         raise BadInput(f"{folder}: damaged weights: {type(e).__name__} {e}")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if '--help' in argv or '-h' in argv or not argv:
+        print(__doc__)
+        return
+    try:
+        names = [a for a in argv if a != '--folded']
+        if len(names) != 2 or any(a.startswith('--') for a in names):
+            raise BadInput(f"expected MODEL FOLDER [--folded], got {' '.join(argv)}")
+        source, folder = names
+        source = source if os.path.isdir(source) else _from_hub(source)
+        model = GPT2.from_pretrained(source, 'none' if '--folded' in argv else None)
+        # the tokenizer's files, where the source has them; a run's lie in its hf/
+        beside = [os.path.join(d, f) for d in (source, os.path.join(source, 'hf')) for f in TOKENIZER_FILES]
+        files = {}
+        for path in filter(os.path.isfile, beside):
+            with open(path, encoding='utf-8') as f:
+                files.setdefault(os.path.basename(path), f.read())
+        export(model, folder, files)
+        free = model.config.ln_mode == 'none' or model.config.ln_mode == 'fake' and all(model.sites().values())
+        print(f"{folder}: {model.num_params():,} parameters, {'no LayerNorm left' if free else 'with LayerNorm'}"
+              f"{', folded' if model.config.ln_mode == 'none' else ''}; also written: {', '.join(files) or 'no tokenizer, for none was found'}")
+    except BadInput as e:
+        print(f"model.py: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()

@@ -3,6 +3,7 @@ Text -> data/NAME/{train,val}.bin: uint16 token ids, each document followed by e
 
     python prepare.py stdlib --tokenizer=bytes              the Python standard library's source: always there
     python prepare.py openwebtext --max_tokens=600_000_000  streams just that much from the hub
+    python prepare.py pile_filtered                         a preset: what the papers evaluate on (PRESETS, below)
     python prepare.py essays/ more.jsonl --name=mine        local .txt, .md, .rst, .py, .jsonl, .parquet, and folders
     python prepare.py some-user/some-dataset                any hub dataset with a column `text` or `input_ids`
 
@@ -15,7 +16,9 @@ A text file is one document, and so is a row of .jsonl or .parquet (the field `t
 that does not grow with the corpus. Nothing stands under its final name before it is complete.
 """
 import codecs
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -30,13 +33,16 @@ import numpy as np
 
 from model import BadInput
 
-# name: (hub dataset, val_fraction); the Piles are for evaluation only
+# name: (hub dataset, val_fraction); those with 1.0 are for evaluation only
 PRESETS = {
     'openwebtext': ('Skylion007/openwebtext', 0.0005),
+    'openwebtext_val': ('Skylion007/openwebtext', 1.0),     # its validation documents only: 4.4M tokens, all of it streamed
     'pile': ('apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2', 1.0),
     'pile_filtered': ('lucabaroni/apollo-pile-filtered-10k', 1.0),
+    'pile10k': ('NeelNanda/pile-10k', 1.0),
     'stdlib': (None, 0.05),
 }
+OPENWEBTEXT = 8013769       # documents, which nanoGPT's split into train and val is drawn over
 TEXT, ROWS = ('.txt', '.md', '.rst', '.py'), ('.jsonl', '.parquet')
 PIECE = 1 << 20     # characters: what is read at once from a text file, and a thread's unit of work
 WINDOW = {'gpt2': 1024, 'bytes': 128}       # GPT-2's context and the demo's
@@ -45,6 +51,7 @@ WINDOW = {'gpt2': 1024, 'bytes': 128}       # GPT-2's context and the demo's
 
 class Bytes:
     name, vocab_size, eot = 'bytes', 257, 256
+    ranks = {bytes([b]): b for b in range(256)}     # {token: id}, as tiktoken's: single bytes, and no merges
 
     def encode(self, text):
         return np.frombuffer(text.encode('utf-8', 'surrogatepass'), np.uint8).astype(np.uint16)
@@ -63,7 +70,7 @@ class GPT2BPE:
         except Exception as e:      # requests' many ways of failing
             raise BadInput(f"GPT-2's BPE files cannot be had ({type(e).__name__}): tiktoken downloads them once; offline, "
                            f"point TIKTOKEN_CACHE_DIR to a copy of its cache, or use --tokenizer=bytes")
-        self.decode = self.bpe.decode
+        self.decode, self.ranks = self.bpe.decode, self.bpe._mergeable_ranks
 
     def encode(self, text):
         """encode_ordinary(text), without the list of Python integers."""
@@ -82,8 +89,42 @@ def get_tokenizer(name):
         raise BadInput(f"tokenizer is {name!r}; expected gpt2 or bytes")
     return GPT2BPE() if name == 'gpt2' else Bytes()
 
+
+def tokenizer_files(tokenizer, block_size):
+    """{file name: text}: what transformers' AutoTokenizer reads beside a model, from the tokenizer's own table.
+
+    GPT-2's files write a byte as a visible character, and a merge as the two tokens that it joins.
+    """
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    char = {b: chr(b) for b in visible} | {b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - set(visible)))}
+    text = lambda token: ''.join(char[b] for b in token)
+    merges = []
+    for token, rank in sorted(tokenizer.ranks.items(), key=lambda t: t[1]):
+        parts = [bytes([b]) for b in token]     # the merge that made it: apply all earlier ones, two parts are left
+        while len(parts) > 2:
+            _, i = min((tokenizer.ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        merges += [[text(p) for p in parts]] * (len(parts) == 2)
+    eot, byte_level = '<|endoftext|>', {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+    return {
+        'tokenizer.json': json.dumps({
+            'version': '1.0', 'truncation': None, 'padding': None, 'normalizer': None, 'post_processor': None,
+            'added_tokens': [{'id': tokenizer.eot, 'content': eot, 'special': True, 'single_word': False, 'lstrip': False,
+                              'rstrip': False, 'normalized': False}],
+            'pre_tokenizer': byte_level, 'decoder': byte_level,
+            'model': {'type': 'BPE', 'vocab': {text(t): i for t, i in tokenizer.ranks.items()} | {eot: tokenizer.eot}, 'merges': merges,
+                      'dropout': None, 'unk_token': None, 'continuing_subword_prefix': '', 'end_of_word_suffix': '',
+                      'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False}}, ensure_ascii=False),
+        # transformers would add token type 0's embedding, which is token 0's, if the tokenizer offered token types
+        'tokenizer_config.json': json.dumps({
+            'tokenizer_class': 'PreTrainedTokenizerFast', 'model_input_names': ['input_ids', 'attention_mask'],
+            'bos_token': eot, 'eos_token': eot, 'unk_token': eot, 'clean_up_tokenization_spaces': False,
+            'model_max_length': block_size}, indent=2)}
+
 # -----------------------------------------------------------------------------
-# Sources. Each yields (text or token ids, whether the document ends here).
+# Sources. Each yields (text or token ids, what follows): the document's next piece; its end, and so end-of-text; or
+# nothing, after a window that somebody cut from a longer stream of tokens.
+PIECE_FOLLOWS, ENDS, WINDOW_ENDS = range(3)
 
 undecodable = 0     # bytes that are not UTF-8, replaced by U+FFFD
 
@@ -106,9 +147,9 @@ def text_file(path):
             cuts = [m.end() for m in re.finditer(r'\S(?= \S)', rest[-PIECE // 4:])][-1:] if len(more) == PIECE else []
             if cuts:
                 cut = len(rest) - min(len(rest), PIECE // 4) + cuts[0]
-                yield rest[:cut], False
+                yield rest[:cut], PIECE_FOLLOWS
                 rest = rest[cut:]
-    yield rest, True
+    yield rest, ENDS
 
 
 def jsonl_file(path):
@@ -116,7 +157,7 @@ def jsonl_file(path):
         for n, line in enumerate(f, 1):
             if line.strip():
                 try:
-                    yield row(json.loads(line), path), True
+                    yield row(json.loads(line), path)
                 except (ValueError, RecursionError) as e:
                     raise BadInput(f"{path}, line {n}: {e if isinstance(e, BadInput) else f'not JSON: {e}'}")
 
@@ -126,7 +167,7 @@ def parquet_file(path):
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
             for r in batch.to_pylist():
-                yield row(r, path), True
+                yield row(r, path)
     except (pyarrow.ArrowException, OSError) as e:
         raise BadInput(f"{path} is not a parquet file, or damaged: {e}")
 
@@ -140,9 +181,31 @@ def row(r, source):
                    f"{sorted(r) if isinstance(r, dict) else type(r).__name__}")
 
 
-def hub_dataset(name):
+def windows_or_documents(rows):
+    """Rows of token ids that are all of one length were cut from a longer stream: they are kept as they are.
+
+    Looks ahead at 100 rows. Text, and ids of differing lengths, are documents.
+    """
+    rows = iter(rows)
+    head = list(itertools.islice(rows, 100))
+    lengths = {len(r) if isinstance(r, list) else 0 for r in head}
+    cut = len(head) > 1 and len(lengths) == 1 and min(lengths) >= 128
+    yield from ((r, WINDOW_ENDS if cut else ENDS) for r in itertools.chain(head, rows))
+
+
+def nanogpt_val(documents=OPENWEBTEXT, fraction=PRESETS['openwebtext'][1]):
+    """The numbers of the documents that nanoGPT's prepare.py sets aside: datasets' train_test_split with seed 2357."""
+    return set(np.random.default_rng(2357).permutation(documents)[:math.ceil(documents * fraction)].tolist())
+
+
+def hub_dataset(name, only=None):
+    """A hub dataset's train split, streamed; `only`: the numbers of the rows that are wanted.
+
+    The libraries below take up a connection that broke where it broke, for minutes; then it is an error.
+    """
     from datasets import load_dataset
     from huggingface_hub import HfApi
+    n = 0
     try:
         HfApi().dataset_info(name, timeout=20)      # a misspelt name is told at once, not after datasets' retries
         try:
@@ -152,12 +215,17 @@ def hub_dataset(name):
                 raise
             # the hub keeps a copy without the script, as parquet, on a branch of its own
             rows = load_dataset(name, split='train', streaming=True, revision='refs/convert/parquet')
-        yield from ((row(r, name), True) for r in rows)
+        for n, r in enumerate(rows):
+            if only is None or n in only:
+                yield row(r, name)
     except BadInput:
         raise
     except Exception as e:      # offline, unknown, private, without a train split: each library has its own exceptions
+        reason = f"({type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]})"
+        if n:
+            raise BadInput(f"lost {name} after {n:,} rows {reason}: nothing was written; type the same command again")
         raise BadInput(f"{name} is no file or folder here, no preset ({', '.join(PRESETS)}), and cannot be had from the "
-                       f"Hugging Face hub ({type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]})")
+                       f"Hugging Face hub {reason}")
 
 
 def stdlib_files():
@@ -182,25 +250,29 @@ def local_files(path):
 
 
 def documents(sources):
-    """(text or token ids, whether the document ends here) of all sources in order."""
+    """(text or token ids, what follows) of all sources in order."""
     for source in sources:
         if source == 'stdlib':
             files = stdlib_files()
         elif os.path.exists(source):
             files = local_files(source)
         else:
-            yield from hub_dataset(PRESETS.get(source, (source,))[0])
+            only = nanogpt_val() if source == 'openwebtext_val' else None
+            yield from windows_or_documents(hub_dataset(PRESETS.get(source, (source,))[0], only))
             continue
         for path in files:
             try:
-                yield from (jsonl_file if path.endswith('.jsonl') else parquet_file if path.endswith('.parquet') else text_file)(path)
+                if path.endswith(ROWS):
+                    yield from windows_or_documents((jsonl_file if path.endswith('.jsonl') else parquet_file)(path))
+                else:
+                    yield from text_file(path)
             except OSError as e:
                 raise BadInput(f"cannot read {path}: {e.strerror}")
 
 # -----------------------------------------------------------------------------
 
 def encoded(pieces, tokenizer):
-    """(uint16 ids, whether the document ends here), in order, encoded by all cores.
+    """(uint16 ids, what follows), in order, encoded by all cores.
 
     Threads are enough: tiktoken lets go of the interpreter while it encodes. What is under way is bounded.
     """
@@ -212,13 +284,13 @@ def encoded(pieces, tokenizer):
         return np.array(p, np.uint16)
 
     def work(batch):
-        return [(ids(p), end) for p, end in batch]
+        return [(ids(p), follows) for p, follows in batch]
 
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool:
         futures, batch, size = deque(), [], 0
-        for p, end in pieces:
-            batch.append((p, end))
+        for p, follows in pieces:
+            batch.append((p, follows))
             size += len(p) + 100
             if size >= PIECE // 4:
                 futures.append(pool.submit(work, batch))
@@ -234,7 +306,9 @@ def prepare(sources, name, tokenizer, max_tokens, val_fraction):
     global undecodable
     undecodable, t0 = 0, time.time()
     final, tmp = os.path.join('data', name), os.path.join('data', f'.{name}.partial')
-    rng, empty = random.Random(2357), 0
+    rng, empty, n = random.Random(2357), 0, 0
+    drawn = nanogpt_val() if (sources, val_fraction) == (['openwebtext'], PRESETS['openwebtext'][1]) else None
+    windows = [0, 0]    # the lengths of the first window and of the last; 0 if they do not all fit together
     counts = {split: {'documents': 0, 'tokens': 0} for split in ('train', 'val')}
     try:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -242,48 +316,56 @@ def prepare(sources, name, tokenizer, max_tokens, val_fraction):
         files = {split: open(os.path.join(tmp, f'{split}.bin'), 'w+b') for split in counts}
         with tqdm(unit=' tokens', unit_scale=True, total=max_tokens, disable=None) as bar:
             split, length = None, 0
-            for ids, end in encoded(documents(sources), tokenizer):
+            for ids, follows in encoded(documents(sources), tokenizer):
                 if split is None:   # a document begins
-                    split, length = 'val' if rng.random() < val_fraction else 'train', 0
+                    val = n in drawn if drawn else rng.random() < val_fraction
+                    split, length = 'val' if val else 'train', 0
                 written = sum(c['tokens'] for c in counts.values())
-                if max_tokens and written + len(ids) + 1 >= max_tokens:
-                    ids, end = ids[:max_tokens - written - 1], True
+                if follows == WINDOW_ENDS:
+                    if max_tokens and written + len(ids) > max_tokens:
+                        break
+                    windows = [len(ids)] * 2 if n == 0 else [windows[0] if windows[0] == windows[1] else 0, len(ids)]
+                else:
+                    windows = [0, 0]
+                    if max_tokens and written + len(ids) + 1 >= max_tokens:
+                        ids, follows = ids[:max_tokens - written - 1], ENDS
                 length += len(ids)
-                empty += end and length == 0
-                ids = np.append(ids, np.uint16(tokenizer.eot)) if end else ids
+                if follows == ENDS:
+                    empty += length == 0
+                    ids = np.append(ids, np.uint16(tokenizer.eot))
                 files[split].write(ids.tobytes())
                 counts[split]['tokens'] += len(ids)
-                counts[split]['documents'] += end
                 bar.update(len(ids))
-                split = None if end else split
+                if follows != PIECE_FOLLOWS:
+                    counts[split]['documents'] += 1
+                    split, n = None, n + 1
                 if max_tokens and written + len(ids) >= max_tokens:
                     break
         total = counts['train']['tokens'] + counts['val']['tokens']
-        documents_ = counts['train']['documents'] + counts['val']['documents']
-        if total == documents_:
+        if total == n:
             raise BadInput(f"nothing to read in {' '.join(sources)}: {'only empty documents' if total else 'no documents'}")
         if counts['val']['tokens'] == 0 and val_fraction > 0:
             # too few documents to draw from, such as a single book: its end is the validation split
-            n = max(int(total * val_fraction), min(WINDOW[tokenizer.name] + 1, total // 2))
-            files['train'].seek(-2 * n, os.SEEK_END)
+            tail = max(int(total * val_fraction), min(WINDOW[tokenizer.name] + 1, total // 2))
+            files['train'].seek(-2 * tail, os.SEEK_END)
             files['val'].write(files['train'].read())
-            files['train'].truncate(2 * (counts['train']['tokens'] - n))
-            counts['train']['tokens'] -= n
-            counts['val']['tokens'] = n
+            files['train'].truncate(2 * (counts['train']['tokens'] - tail))
+            counts['train']['tokens'] -= tail
+            counts['val']['tokens'] = tail
         for f in files.values():
             f.close()
         with open(os.path.join(tmp, 'meta.json'), 'w') as f:
             json.dump({'tokenizer': tokenizer.name, 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot,
-                       'source': sources, **counts}, f, indent=2)
+                       'source': sources, **counts, **({'window': windows[0]} if windows[0] else {})}, f, indent=2)
         os.makedirs(final, exist_ok=True)
-        for n in ('train.bin', 'val.bin', 'meta.json'):
-            os.replace(os.path.join(tmp, n), os.path.join(final, n))
+        for file in ('train.bin', 'val.bin', 'meta.json'):
+            os.replace(os.path.join(tmp, file), os.path.join(final, file))
     except OSError as e:
         raise BadInput(f"cannot write {final}: {e}")
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     for split, c in counts.items():
-        print(f"{final}/{split}.bin: {c['tokens']:,} tokens, {c['documents']:,} documents")
+        print(f"{final}/{split}.bin: {c['tokens']:,} tokens, {c['documents']:,} {'windows' if windows[0] else 'documents'}")
     if empty:
         print(f"{empty:,} empty documents, kept as an end-of-text each")
     if undecodable:

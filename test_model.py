@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 import torch
 
+import eval_hellaswag
 import prepare
+import report
 import train
 from model import BOS, EOT, TOKEN, BadInput, GPT2, GPT2Config
 
@@ -155,7 +157,7 @@ def test_position_0_and_end_of_text_have_constants_of_their_own():
     assert model.kinds(idx)[0].tolist() == [EOT] + [TOKEN] * 4 + [EOT] + [TOKEN] * 14 + [EOT] + [TOKEN] * 10
     assert model.kinds(idx)[1, 0] == BOS
     before = model(idx)[0]
-    stds = train.measure(lambda x, y: model(x, y, return_stds=True), model.kinds, [(idx, idx), (idx[:2], idx[:2])])
+    stds = train.measure(lambda x: model(x, return_stds=True), model.kinds, [(idx, idx), (idx[:2], idx[:2])])
     exact = model(idx, return_stds=True)[2][0]
     weights = torch.tensor([1.0, 1, 0.5, 0.5])[:, None] * (model.kinds(idx) == TOKEN)      # rows 0 and 1 were measured twice
     assert stds[0, TOKEN] == pytest.approx(((exact * weights).sum() / weights.sum()).item(), rel=1e-5)
@@ -168,7 +170,7 @@ def test_position_0_and_end_of_text_have_constants_of_their_own():
         ln.std.fill_(ln.std[TOKEN].item())
     one = (model(idx)[0] - before)[:, 1:].norm() / before[:, 1:].norm()
     assert own < 0.3 and one > 3 * own, (own, one)
-    assert train.measure(lambda x, y: model(x, y, return_stds=True), model.kinds, [(idx[1:, :5], idx[1:, :5])])[0, EOT] \
+    assert train.measure(lambda x: model(x, return_stds=True), model.kinds, [(idx[1:, :5], idx[1:, :5])])[0, EOT] \
         == pytest.approx(stds[0, TOKEN].item(), rel=0.5)      # a kind that is not there takes the ordinary constant
 
 
@@ -223,14 +225,19 @@ def test_what_transformers_cannot_express_is_refused(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path):
-    """A server on localhost that speaks the hub's protocol -> (its repositories, to be filled; environment; requests)."""
-    repos, requests = {}, []        # {('models' or 'datasets', name): {revision: {file name: bytes}}}
+    """A server on localhost that speaks the hub's protocol -> (its repositories, to be filled; environment; requests).
+
+    The numbers in repos['drop'] count GET requests for files that will break off in the middle.
+    """
+    repos, requests = {'drop': set()}, []       # {('models' or 'datasets', name): {revision: {file name: bytes}}}
+
+    files = []
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def answer(self):
             """(status, body) of a request for /api/KIND/NAME[/tree/REVISION[/FOLDER]] or [/datasets]/NAME/resolve/REVISION/FILE."""
             path = urllib.parse.unquote(self.path.split('?')[0])
-            for (kind, name), revisions in repos.items():
+            for (kind, name), revisions in ((k, v) for k, v in repos.items() if k != 'drop'):
                 prefix = f'/{name}/resolve/' if kind == 'models' else f'/datasets/{name}/resolve/'
                 for i, (revision, files) in enumerate(revisions.items()):
                     self.sha = f'{i:040x}'
@@ -263,7 +270,10 @@ def hub(tmp_path):
                 self.send_header(*header)
             self.end_headers()
             if self.command == 'GET':
-                self.wfile.write(body)
+                files.append(self.path) if '/resolve/' in self.path else None
+                drop = '/resolve/' in self.path and len(files) in repos['drop']
+                self.wfile.write(body[:len(body) // 2] if drop else body)
+                self.close_connection = drop
         do_HEAD = do_GET
 
         def log_message(self, *args):
@@ -306,6 +316,13 @@ def test_prepare_streams_from_a_hub_also_what_has_a_dataset_script(hub, tmp_path
         ids = np.fromfile(tmp_path / f'data/{name}/train.bin', np.uint16)
         expected = np.concatenate([[*f'document {i}'.encode(), 256] for i in range(300)])
         assert len(ids) == 1000 and ids[-1] == 256 and (ids[:-1] == expected[:999]).all()
+    expected_all = np.concatenate([[*f'document {i}'.encode(), 256] for i in range(300)])
+    repos['datasets', 'me/shards'] = {'main': {f'data/train-{k:05d}-of-00002.parquet': parquet for k in range(2)}}
+    repos['drop'] = set(range(1, 400, 3))      # one request in three breaks off in the middle
+    out = subprocess.run([sys.executable, str(REPO / 'prepare.py'), 'me/shards', '--tokenizer=bytes', '--val_fraction=0'],
+                         env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 0 and 'etrying' in out.stderr, out.stderr
+    assert (np.fromfile(tmp_path / 'data/shards/train.bin', np.uint16) == np.concatenate([expected_all] * 2)).all()
     out = subprocess.run([sys.executable, str(REPO / 'prepare.py'), 'me/nothing', '--tokenizer=bytes'], env=env, cwd=tmp_path,
                          capture_output=True, text=True)
     assert out.returncode == 2 and 'me/nothing is no file or folder here, no preset' in out.stderr and not (tmp_path / 'data/nothing').exists()
@@ -400,16 +417,55 @@ def test_evaluation_predicts_every_token_once_whatever_the_batch(workspace):
     model = GPT2.from_pretrained('short').eval()
     tokens = torch.from_numpy(np.fromfile('data/tiny/val.bin', np.uint16).astype(np.int64))
     with torch.no_grad():
-        losses = [model(w[None, :-1], w[None, 1:])[1].item() * (len(w) - 1)
-                  for w in (tokens[i:i + 33] for i in range(0, len(tokens) - 1, 32))]
-    expected = sum(losses) / (len(tokens) - 1)
+        expected = torch.cat([torch.nn.functional.cross_entropy(model(w[None, :-1])[0][0], w[1:], reduction='none')
+                              for w in (tokens[i:i + 33] for i in range(0, len(tokens) - 1, 32))]).numpy()
+    assert len(expected) == len(tokens) - 1
     for batch_size in (3, 7):
         cfg, _ = train.load_config(['--dataset=tiny', '--block_size=32', f'--batch_size={batch_size}', '--eval_iters=0'])
         data = train.Data(cfg, 'cpu')
         data.open(257, ['val'])
-        assert train.evaluate(model, data) == pytest.approx(expected, rel=1e-6)
+        losses = train.token_losses(model, data)
+        assert np.abs(losses[~np.isnan(losses)] - expected).max() < 1e-5
         cfg.eval_iters = 10
-        assert sum(n for _, _, n in data.windows()) == 320
+        assert train.token_losses(model, data).shape == (10, 32)
+        # of windows that were cut elsewhere, the first token is not predicted from the text before it
+        cfg.eval_iters, data.meta['window'] = 0, 40
+        fewer = train.token_losses(model, data).ravel()[:len(expected)]
+        assert np.flatnonzero(np.isnan(fewer)).tolist() == list(range(39, len(expected), 40))
+        assert np.nanmax(np.abs(fewer - expected)) < 1e-5
+
+
+def test_statistics_of_an_evaluation():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(400, 100)) + rng.normal(size=(400, 1)) * 2 + 5     # what all tokens of a window share
+    a[-1, 70:] = np.nan
+    mean, error = report.mean_and_error(a)
+    assert mean == pytest.approx(np.nanmean(a)) and error == pytest.approx(2 / 20, rel=0.1)        # not 2.2 / 200
+    b = a - 0.25 + rng.normal(size=a.shape) * 0.1
+    table = [line.split() for line in report.loss_table({'a': a, 'b': b}, 'token').splitlines()]
+    assert table[2][:2] == ['all', '39,970'] and table[2][2] == f'{mean:.4f}' and table[2][-1] == f'{np.nanmax(a):.4f}'
+    assert table[2][4:6] == [f'{np.nanquantile(a, q):.4f}' for q in (0.5, 0.999)]
+    assert [int(row[-6].replace(',', '')) for row in table[3:6]] == [400, 63 * 400, 36 * 400 - 30]
+    assert table[12][:2] == ['all', '39,970'] and float(table[12][2]) == pytest.approx(0.25, abs=2e-3) and float(table[12][3]) < 1e-3
+
+
+def test_evaluation_compares_two_models_on_any_number_of_processes(workspace, capsys):
+    for seed in (1, 2):
+        train.main(TINY + [f'--out_dir=pair{seed}', '--max_iters=2', f'--seed={seed}'])
+    args = [str(REPO / 'config/eval.py'), '--init_from=pair1', '--control=pair2', '--dataset=tiny', '--device=cpu', '--batch_size=3']
+    capsys.readouterr()
+    train.main(args)
+    one = capsys.readouterr().out
+    two = finished(run(*args, nproc=2))
+    assert one.strip() in two and 'difference, token by token' in one
+    val = {s: report.evals(f'pair{s}')[-1][1] for s in (1, 2)}      # of ten windows; here are all
+    cfg, _ = train.load_config(['--dataset=tiny', '--block_size=32', '--eval_iters=0'])
+    data = train.Data(cfg, 'cpu')
+    data.open(257, ['val'])
+    means = [np.nanmean(train.token_losses(GPT2.from_pretrained(f'pair{s}').eval(), data), dtype=np.float64) for s in (1, 2)]
+    assert f'val loss {means[0]:.4f} nats per byte' in one and means[0] == pytest.approx(val[1], abs=0.2)
+    difference = [line.split() for line in one.splitlines() if line.startswith('  all')][2]
+    assert float(difference[2]) == pytest.approx(means[0] - means[1], abs=1.1e-4)
 
 
 def test_batches_are_a_function_of_seed_and_iteration_however_they_are_cut(workspace):
@@ -472,8 +528,8 @@ def test_a_miniature_of_the_demo_converges(workspace, capsys):
     train.main(tune + ['--out_dir=mini_control'])
     train.main(tune + ['--out_dir=mini_free', '--control=mini_control', '--remove_ln=True', '--start_ln2=10', '--gap_ln2=8', '--start_ln1qk=34',
                        '--gap_ln1qk=8', '--start_ln1v=58', '--gap_ln1v=8', '--start_lnf=84', '--start_eot=90', '--start_bos=95'])
-    before, control, free = (train.evals(d)[-1][1] for d in ('mini', 'mini_control', 'mini_free'))
-    assert train.evals('mini_free')[0][1] == pytest.approx(before, rel=1e-6)       # gates at 0: the loaded model
+    before, control, free = (report.evals(d)[-1][1] for d in ('mini', 'mini_control', 'mini_free'))
+    assert report.evals('mini_free')[0][1] == pytest.approx(before, rel=1e-6)       # gates at 0: the loaded model
     assert before < 2.6 and free < before - 0.05 and abs(free - control) < 0.08, (before, control, free)
     out = capsys.readouterr().out
     assert 'LN-free' in out and f'{free - control:+.4f}' in out and 'mini_free/hf' in out

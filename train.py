@@ -17,6 +17,7 @@ import glob
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -26,9 +27,11 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from model import BOS, EOT, KINDS, TOKEN, BadInput, GPT2, GPT2Config, load_checkpoint, save_checkpoint
-from prepare import get_tokenizer
+import report
+from model import BOS, EOT, KINDS, TOKEN, BadInput, GPT2, GPT2Config, export, load_checkpoint, save_checkpoint
+from prepare import get_tokenizer, tokenizer_files
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 
@@ -39,7 +42,8 @@ class Config:
     out_dir: str = 'out'
     dataset: str = 'openwebtext'        # data/NAME/{train,val}.bin, which prepare.py writes
     init_from: str = 'scratch'          # 'scratch', 'resume', a hub id ('gpt2'), a Hugging Face folder, a run's out_dir
-    control: str = ''                   # out_dir of the run that kept LN, for the summary at the end of a removal
+    control: str = ''                   # the model that kept LN, to compare with: a removal's summary takes a run's out_dir,
+                                        # an evaluation anything that init_from takes
     eval_interval: int = 100            # iterations; a checkpoint is written after each evaluation
     eval_iters: int = 400               # windows of block_size tokens, evenly spaced over val.bin; 0: all of it
     eval_only: bool = False             # evaluate once, write nothing
@@ -214,7 +218,7 @@ def measure(evaluator, kinds, batches):
     """
     sums = counts = 0
     for x, y in batches:
-        stds = torch.stack(evaluator(x, y)[2]).cpu().double()                       # (n_LN, B, T)
+        stds = torch.stack(evaluator(x)[2]).cpu().double()                          # (n_LN, B, T)
         onehot = (kinds(x).cpu()[..., None] == torch.arange(len(KINDS))).double()   # (B, T, 3)
         sums, counts = sums + torch.einsum('lbt,btk->lk', stds, onehot), counts + onehot.sum((0, 1))
     sums, counts = all_reduce(sums), all_reduce(counts)
@@ -276,11 +280,15 @@ class Data:
             raise BadInput(f"{self.dir}/meta.json is not JSON ({e}): run prepare.py again")
         try:
             ok = self.meta['tokenizer'] in ('gpt2', 'bytes') and 0 <= self.meta['eot'] < self.meta['vocab_size']
-            ok = ok and all(self.meta[split]['tokens'] >= 0 for split in ('train', 'val'))
+            ok = ok and all(self.meta[split]['tokens'] >= 0 for split in ('train', 'val')) and self.meta.get('window', 1) > 0
         except (TypeError, KeyError):
             ok = False
         if not ok:
             raise BadInput(f"{self.dir}/meta.json does not name the tokenizer and the counts as prepare.py does: run it again")
+
+    @property
+    def unit(self):
+        return 'byte' if self.meta.get('tokenizer') == 'bytes' else 'token'
 
     def open(self, vocab_size, splits):
         """Maps the splits, for a model with vocab_size tokens. Raises BadInput if they do not fit it."""
@@ -325,22 +333,29 @@ class Data:
         return self._to_device(np.stack([self.train[s:s + T + 1] for s in starts[micro * B:(micro + 1) * B]]))
 
     def windows(self):
-        """This rank's share of the validation windows: x, y, and how many targets count; the others are -1.
+        """The validation windows: their number, and this rank's share of them as (first, x, y), y being -1 beyond the end.
 
-        Windows start at multiples of block_size, so that each token is predicted once; the last may be partial.
+        Windows start at multiples of block_size, so that each token is predicted once; the last may be partial. If the
+        bin is made of windows that were cut elsewhere (prepare.py), the first token of each is not predicted: what
+        stands before it is another text.
         """
         B, T = self.cfg.batch_size, self.cfg.block_size
         n = math.ceil((len(self.val) - 1) / T)
         k = min(self.cfg.eval_iters or n, n)
         starts = np.arange(k) * n // k * T
-        for i in range(RANK * B, k, WORLD * B):
-            rows = np.zeros((B, T + 1), np.uint16)      # always B rows: one shape, one graph
-            pad = np.ones((B, T), bool)
-            for r, s in enumerate(starts[i:i + B]):
-                row = self.val[s:s + T + 1]
-                rows[r, :len(row)], pad[r, :len(row) - 1] = row, False
-            x, y = self._to_device(rows)
-            yield x, y.masked_fill(torch.from_numpy(pad).to(self.device), -1), pad.size - pad.sum().item()
+
+        def share():
+            for i in range(RANK * B, k, WORLD * B):
+                rows = np.zeros((B, T + 1), np.uint16)      # always B rows: one shape, one graph
+                pad = np.ones((B, T), bool)
+                for r, s in enumerate(starts[i:i + B]):
+                    row = self.val[s:s + T + 1]
+                    rows[r, :len(row)], pad[r, :len(row) - 1] = row, False
+                    if window := self.meta.get('window'):
+                        pad[r] |= np.arange(s + 1, s + T + 1) % window == 0
+                x, y = self._to_device(rows)
+                yield i, x, y.masked_fill(torch.from_numpy(pad).to(self.device), -1)
+        return k, share()
 
 
 def all_reduce(x):
@@ -353,13 +368,21 @@ def all_reduce(x):
 
 
 @torch.no_grad()
-def evaluate(evaluator, data):
-    """The mean cross-entropy over the validation windows, in nats per token."""
-    total = torch.zeros(2, dtype=torch.float64)
-    for x, y, n in data.windows():
-        total += torch.tensor([evaluator(x, y)[1].item() * n, n], dtype=torch.float64)
-    total = all_reduce(total)
-    return (total[0] / total[1]).item()
+def token_losses(evaluator, data):
+    """The cross-entropy in nats of each token of the validation windows -> (windows, T) float32 array, on all ranks.
+
+    NaN where nothing is predicted; infinite where the model gave a NaN or an infinite logit.
+    """
+    k, share = data.windows()
+    losses = torch.zeros(k, data.cfg.block_size)
+    for first, x, y in share:
+        logits = evaluator(x)[0]
+        for r in range(min(len(x), k - first)):     # a row at a time: all logits in float32 would be the largest tensor of a run
+            z = logits[r].float()
+            loss = F.cross_entropy(z, y[r], ignore_index=-1, reduction='none')
+            loss = loss.masked_fill(~z.sum(-1).isfinite(), math.inf).masked_fill(y[r] == -1, math.nan)
+            losses[first + r] = loss.cpu()
+    return all_reduce(losses).numpy()
 
 # -----------------------------------------------------------------------------
 
@@ -411,8 +434,7 @@ def peak_flops():
     return next((v for k, v in table.items() if k in torch.cuda.get_device_name()), None)
 
 
-def train(cfg, given):
-    master = RANK == 0
+def find_device(cfg):
     device = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     if device == 'cuda':
         device = f'cuda:{LOCAL_RANK}'
@@ -422,26 +444,82 @@ def train(cfg, given):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise BadInput(f"device is {cfg.device!r}, which cannot be used here ({str(e).splitlines()[0]}); type --device=cpu")
+    return device
+
+
+def start_machine(cfg, device):
+    """Joins the process group -> (autocast's context, the forward pass's dtype, whether to compile)."""
+    cuda = device.startswith('cuda')
+    if WORLD > 1:
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group(cfg.backend if cfg.backend != 'auto' else 'nccl' if cuda else 'gloo')
+    native_bf16 = cuda and torch.cuda.get_device_capability()[0] >= 8
+    dtype = cfg.dtype if cfg.dtype != 'auto' else 'bfloat16' if native_bf16 else 'float32'
+    autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+    return autocast, dtype, cuda if cfg.compile is None else cfg.compile
+
+
+def evaluate(cfg, given):
+    """eval_only: the losses of one model, or of two token by token, over val.bin. Writes nothing."""
+    device = find_device(cfg)
+    data = Data(cfg, device)
+    model, _ = load_model(cfg, given, data)
+    models = {cfg.init_from if cfg.init_from != 'resume' else cfg.out_dir: model}
+    data.open(model.config.vocab_size, ['val'])
+    if cfg.control:
+        models[f'{cfg.control} (control)'] = control = GPT2.from_pretrained(cfg.control)
+        if control.config.vocab_size != model.config.vocab_size:
+            raise BadInput(f"control={cfg.control} has a vocabulary of {control.config.vocab_size} tokens, init_from={cfg.init_from} of "
+                           f"{model.config.vocab_size}: expected two models of one vocabulary")
+        control.crop_block_size(cfg.block_size)
+    autocast, dtype, compiled = start_machine(cfg, device)
+    losses, unit = {}, data.unit
+    for name, model in models.items():
+        model.eval().to(device)
+        model.config.eot_token_id = data.meta.get('eot', model.config.eot_token_id)
+        with autocast:
+            losses[name] = token_losses(torch.compile(model, fullgraph=True) if compiled else model, data)
+        model.cpu()
+    if RANK > 0:
+        return
+    for name, table in losses.items():
+        bad = np.argwhere(np.isinf(table))
+        if len(bad):
+            w, t = bad[0]
+            raise BadInput(f"{name} gives a NaN or infinite logit: first at token {t} of window {w} of data/{cfg.dataset}/val.bin, {len(bad):,} of "
+                           f"{np.isfinite(table).sum() + len(bad):,} {unit}s in all; there is no mean to report")
+    mean, error = report.mean_and_error(next(iter(losses.values())))
+    print(f"val loss {mean:.4f} nats per {unit}, standard error {error:.4f}; data/{cfg.dataset}/val.bin, {len(table):,} windows of "
+          f"{cfg.block_size}, {dtype}\n\n{report.loss_table(losses, unit)}")
+
+
+def train(cfg, given):
+    master = RANK == 0
+    device = find_device(cfg)
     cuda = device.startswith('cuda')
 
     # everything that can be wrong with the input is looked at here, before anything is written
-    if not cfg.eval_only and cfg.init_from != 'resume' and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
+    if cfg.init_from != 'resume' and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
         raise BadInput(f"{cfg.out_dir} holds another run's checkpoint: resume that run with --init_from=resume, "
                        f"or choose another --out_dir")
     data = Data(cfg, device)
     raw, ckpt = load_model(cfg, given, data)
-    data.open(raw.config.vocab_size, ['val'] if cfg.eval_only else ['train', 'val'])
+    data.open(raw.config.vocab_size, ['train', 'val'])
     if cfg.control:
-        evals(cfg.control)
+        report.evals(cfg.control)
+    if cfg.remove_ln and not ckpt and os.path.exists(hf := os.path.join(cfg.out_dir, 'hf')):
+        raise BadInput(f"{hf} exists already, and this run would write it: move it away, or choose another --out_dir")
     B, T = cfg.batch_size, cfg.block_size
     unit = B * T * WORLD
-    if cfg.batch_tokens % unit and not cfg.eval_only:
+    if cfg.batch_tokens % unit:
         raise BadInput(f"batch_tokens is {cfg.batch_tokens}; expected a multiple of batch_size * block_size * processes = {B} * {T} * "
                        f"{WORLD} = {unit}: type --batch_tokens={max(round(cfg.batch_tokens / unit), 1) * unit}")
     raw.config.eot_token_id = data.meta.get('eot', raw.config.eot_token_id)
     start = ckpt['iter'] if ckpt else 0
+    base = ckpt['config']['init_from'] if ckpt else cfg.init_from       # what the model was before this run, and its resumptions
     events = schedule(cfg, raw.config.n_layer) if cfg.remove_ln else []
-    if cfg.remove_ln and not cfg.eval_only:
+    if cfg.remove_ln:
         check_schedule(events, cfg, {} if ckpt else {k: v.item() for k, v in raw.sites().items()})
     log_path = os.path.join(cfg.out_dir, 'log.jsonl')
     if ckpt:
@@ -454,12 +532,12 @@ def train(cfg, given):
             if old != getattr(cfg, key, old) and key not in ('init_from', 'out_dir'):
                 print(f"note: {key} was {old!r} when the checkpoint was written, now it is {getattr(cfg, key)!r}")
     wandb = None
-    if cfg.wandb_log and master and not cfg.eval_only:
+    if cfg.wandb_log and master:
         try:
             import wandb
         except ImportError:
             raise BadInput("wandb_log=True needs wandb: pip install wandb")
-    if master and not cfg.eval_only:
+    if master:
         try:
             os.makedirs(cfg.out_dir, exist_ok=True)
             with open(log_path, 'a' if ckpt else 'w') as f:
@@ -470,22 +548,15 @@ def train(cfg, given):
     if wandb:
         wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir, config=asdict(cfg))
 
-    if WORLD > 1:
-        if cuda:
-            torch.cuda.set_device(device)
-        dist.init_process_group(cfg.backend if cfg.backend != 'auto' else 'nccl' if cuda else 'gloo')
+    autocast, dtype, compiled = start_machine(cfg, device)
     if cuda:
         torch.set_float32_matmul_precision('high')      # TF32 for what autocast leaves in float32
-    native_bf16 = cuda and torch.cuda.get_device_capability()[0] >= 8
-    dtype = cfg.dtype if cfg.dtype != 'auto' else 'bfloat16' if native_bf16 else 'float32'
-    autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
     raw.to(device)
 
     # Two graphs for the whole run: one to train; one to evaluate, which also measures the constants. (Under DDP, torch
     # cuts the first where its gradient buckets end.)
     model = raw
-    evaluator = lambda x, y: raw(x, y, return_stds=cfg.remove_ln)
-    compiled = cuda if cfg.compile is None else cfg.compile
+    evaluator = lambda x: raw(x, return_stds=cfg.remove_ln)
     if compiled:
         model, evaluator = torch.compile(raw, fullgraph=True), torch.compile(evaluator, fullgraph=True)
     if WORLD > 1:   # gates and constants are set alike on all ranks, so there are no buffers to broadcast
@@ -499,11 +570,10 @@ def train(cfg, given):
         ckpt = None
     n_sites = len(raw.sites()) if cfg.remove_ln else 0
     n_gone = lambda it: sum(e[0] < it and e[1] == 'remove' for e in events)
-    unit_name = 'byte' if data.meta.get('tokenizer') == 'bytes' else 'token'
     peak = peak_flops() if cuda else None
     if master:
         print(f"{raw.num_params():,} parameters, ln_mode {raw.config.ln_mode!r}, on {WORLD} x {device.split(':')[0]} in {dtype}"
-              f"{', compiled' if compiled else ''}" + f"; {cfg.batch_tokens:,} tokens an iteration" * (not cfg.eval_only))
+              f"{', compiled' if compiled else ''}; {cfg.batch_tokens:,} tokens an iteration")
 
     def log(**entry):
         if master:
@@ -515,15 +585,9 @@ def train(cfg, given):
     def validate():
         raw.eval()
         with autocast:
-            loss = evaluate(evaluator, data)
+            losses = token_losses(evaluator, data)
         raw.train()
-        return loss
-
-    if cfg.eval_only:
-        loss = validate()
-        if master:
-            print(f"val loss {loss:.4f} nats per {unit_name}")
-        return
+        return np.nanmean(losses, dtype=np.float64).item()
 
     raw.train()
     micro_steps = cfg.batch_tokens // unit
@@ -536,9 +600,9 @@ def train(cfg, given):
             val_loss = validate()
             log(event='eval', iter=it, val_loss=val_loss, tokens=it * cfg.batch_tokens)
             if master:
-                print(f"iter {it:>6} | val loss {val_loss:.4f} nats per {unit_name}")
+                print(f"iter {it:>6} | val loss {val_loss:.4f} nats per {data.unit}")
                 if it > 0:
-                    save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), iter=it, config=asdict(cfg),
+                    save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), iter=it, config=asdict(cfg) | {'init_from': base},
                                     log_bytes=os.path.getsize(log_path))
             logged_t += time.time() - t
         if it == cfg.max_iters:
@@ -605,18 +669,18 @@ def train(cfg, given):
                       + (f" | sites {n_gone(it):>3}/{n_sites}" if n_sites else '')
                       + f" | {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
     if master:
-        finish(cfg, raw, data, unit_name)
+        finish(cfg, raw, data, base)
 
 # -----------------------------------------------------------------------------
 # The end of a run.
 
-def finish(cfg, model, data, unit):
+def finish(cfg, model, data, base):
     """After a removal: folds, checks, saves out_dir/hf and prints what came of it."""
     if not cfg.remove_ln:
         print(f"saved {cfg.out_dir}/ckpt.pt")
         return
     model.eval()
-    x = next(data.windows())[0][:4]
+    x = next(data.windows()[1])[1][:4]
     torch.set_float32_matmul_precision('highest')       # TF32 would drown what is looked for
     try:
         folded = model.fold_ln()
@@ -629,49 +693,28 @@ def finish(cfg, model, data, unit):
     if not diff <= 1e-3 * max(scale, 1):     # float32 rounding is far below; also where a logit is not a number
         raise BadInput(f"the folded model's logits differ from the unfolded one's by {diff:.2g} (largest logit {scale:.3g}): nothing "
                        f"is handed over; {cfg.out_dir}/ckpt.pt holds the model as it is")
-    hf = os.path.join(cfg.out_dir, 'hf')
-    model.save_pretrained(hf)
-
-    rows = [('pre-trained', evals(cfg.out_dir)[0][1], len(model.sites()))]
-    control = evals(cfg.control)[-1:] if cfg.control else []
-    rows += [('control (LN kept)' + f', at {it}' * (it != cfg.max_iters), loss, len(model.sites())) for it, loss in control]
-    rows += [('LN-free', evals(cfg.out_dir)[-1][1], 0)]
-    print(f"\n{'':<28}{'val nats/' + unit:>16}{'gap to control':>16}{'LN sites left':>16}")
-    for name, loss, sites in rows:
-        gap = f"{loss - control[0][1]:+.4f}" if control and not name.startswith('pre') else ''
-        print(f"{name:<28}{loss:>16.4f}{gap:>16}{sites:>16}")
-    if not control:
-        print("(no control: run the same config with --remove_ln=False and another out_dir, and name that with --control)")
-    print(f"\nfolded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})")
     try:
         tokenizer = get_tokenizer(data.meta.get('tokenizer'))
         torch.manual_seed(cfg.seed)
         ids = folded.generate(torch.tensor([[model.config.eot_token_id]], device=x.device), 240, temperature=0.8, top_k=40)[0, 1:].tolist()
         text = tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
-        print("\na sample from the LN-free model:\n" + '\n'.join('    ' + line for line in text.splitlines()))
-    except BadInput as e:
-        print(f"\nno sample: {e}")
+        sample = "a sample from the LN-free model:\n" + '\n'.join('    ' + line for line in text.splitlines())
+        files = tokenizer_files(tokenizer, cfg.block_size)
+    except BadInput as e:       # bins of unknown origin, or offline
+        sample, files = f"no sample, and no tokenizer beside the model: {e}", {}
+    hf = os.path.join(cfg.out_dir, 'hf')
+    shutil.rmtree(hf, ignore_errors=True)       # only a resumed run has one, its own
+    export(model, hf, files | {'README.md': report.model_card(cfg, base, model, data.meta, data.unit)})
+
+    print(f"\n{report.result_table(cfg.out_dir, cfg.control, len(model.sites()), data.unit)}\n\n"
+          f"folded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})\n\n{sample}")
     try:
-        from plot import plot
         picture = os.path.join(cfg.out_dir, 'loss.png')
-        plot(picture, [cfg.out_dir] + [cfg.control] * bool(control))
+        report.plot(picture, [cfg.out_dir] + [cfg.control] * bool(cfg.control))
         print(f"\nthe loss curves:     {picture}")
     except ModuleNotFoundError:
         print("\nno picture of the loss curves: matplotlib is not installed (pip install matplotlib)")
     print(f"the LN-free model:   {hf}")
-
-
-def evals(out_dir):
-    """[(iteration, validation loss)] of a run, from its log."""
-    path = os.path.join(out_dir, 'log.jsonl')
-    try:
-        with open(path) as f:
-            found = [(e['iter'], e['val_loss']) for e in map(json.loads, f) if e['event'] == 'eval']
-        if found:
-            return found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise BadInput(f"{path} is missing, damaged or holds no evaluation: expected the log of a run")
 
 
 def main(argv=None):
@@ -680,7 +723,8 @@ def main(argv=None):
         print(__doc__ + '\n' + '\n'.join(f"    --{f.name}={f.default!r}" for f in KEYS.values()))
         return
     try:
-        train(*load_config(argv))
+        cfg, given = load_config(argv)
+        (evaluate if cfg.eval_only else train)(cfg, given)
     except BadInput as e:
         if LOCAL_RANK == 0 or dist.is_initialized():    # what all find wrong at the start is told once
             print(f"train.py: {e}", file=sys.stderr)

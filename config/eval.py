@@ -6,3 +6,4 @@ Cross-entropy of any model on the whole of a val.bin.
 eval_only = True
 eval_iters = 0
 batch_size = 8
+dtype = 'float32'         # exact, on a GPU too

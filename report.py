@@ -1,0 +1,172 @@
+"""
+What the numbers say to people: the statistics of an evaluation, the table at the end of a removal, the model card, and
+the loss curves.
+
+    python report.py out.png RUN [RUN ...]      the curves, with the first run's removals marked; RUN: an out_dir
+"""
+import json
+import os
+import sys
+from datetime import date
+
+import numpy as np
+
+from model import BadInput
+
+COLOURS = {'ln_2': 'tab:orange', 'ln_1.qk': 'tab:green', 'ln_1.v': 'tab:red', 'ln_f': 'tab:purple', 'merge': 'tab:gray'}
+
+
+def read_log(out_dir):
+    """A run's log.jsonl, as a list. Raises BadInput if it is missing, damaged or holds no evaluation."""
+    path = os.path.join(out_dir, 'log.jsonl')
+    try:
+        with open(path) as f:
+            log = [json.loads(line) for line in f]
+        if any(e['event'] == 'eval' and isinstance(e['val_loss'], float) for e in log):
+            return log
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise BadInput(f"{path} is missing, damaged or holds no evaluation: expected the log of a run")
+
+
+def evals(out_dir):
+    """[(iteration, validation loss)] of a run, from its log."""
+    return [(e['iter'], e['val_loss']) for e in read_log(out_dir) if e['event'] == 'eval']
+
+# -----------------------------------------------------------------------------
+# An evaluation. The mean alone hides what matters in a model without LayerNorm: one that explodes on a few rare inputs
+# has a mean of 130 and a median of 1.09 (GPT-2 XL on The Pile, arXiv 2507.02559).
+
+def mean_and_error(losses):
+    """losses (windows, T), NaN where nothing was predicted -> (mean, its standard error).
+
+    The error treats a window, not a token, as one draw: the losses within a text go together, and counting each token as
+    independent would understate it.
+    """
+    there = ~np.isnan(losses)
+    n, sums = there.sum(1), np.where(there, losses, 0).sum(1, dtype=np.float64)
+    mean, k = sums.sum() / n.sum(), (n > 0).sum()
+    error = np.sqrt((np.square(sums - mean * n)).sum() * k / max(k - 1, 1)) / n.sum() if k > 1 else np.nan
+    return mean, error
+
+
+def loss_table(named, unit):
+    """named: {model: losses (windows, T)}, one or two of them -> a table of each, and of the first minus the second."""
+    lines = [f"{'nats per ' + unit:<30}{unit + 's':>12}{'mean':>10}{'std. error':>12}{'median':>10}{'99.9%':>10}{'max':>10}"]
+    if len(named) == 2:
+        (a, x), (b, y) = named.items()
+        named = named | {'difference, token by token': x - y}
+    for name, losses in named.items():
+        lines.append(name if len(name) < 30 else '...' + name[-26:])
+        for label, part in (('all', losses), ('the first of a window', losses[:, :1]), ('2nd to 64th', losses[:, 1:64]), ('from the 65th on', losses[:, 64:])):
+            values = part[~np.isnan(part)]
+            if values.size:
+                mean, error = mean_and_error(part)
+                lines.append(f"  {label:<28}{values.size:>12,}{mean:>10.4f}{error:>12.4f}" + ''.join(
+                    f"{v:>10.4f}" for v in (*np.quantile(values, (0.5, 0.999)), values.max())))
+    return '\n'.join(lines)
+
+# -----------------------------------------------------------------------------
+# The end of a removal.
+
+def result_rows(out_dir, control):
+    """[(name, validation loss, whether LayerNorm is left)]: before, the control where there is one, LN-free."""
+    losses = evals(out_dir)
+    rows = [('pre-trained', losses[0][1], True)]
+    if control:
+        it, loss = evals(control)[-1]
+        rows.append(('control (LN kept)' + f', at {it}' * (it != losses[-1][0]), loss, True))
+    return rows + [('LN-free', losses[-1][1], False)]
+
+
+def result_table(out_dir, control, n_sites, unit):
+    rows = result_rows(out_dir, control)
+    lines = [f"{'':<28}{'val nats/' + unit:>16}{'gap to control':>16}{'LN sites left':>16}"]
+    for name, loss, ln in rows:
+        gap = f"{loss - rows[1][1]:+.4f}" if control and name != 'pre-trained' else ''
+        lines.append(f"{name:<28}{loss:>16.4f}{gap:>16}{n_sites * ln:>16}")
+    return '\n'.join(lines) + "\n(no control: run the same config with --remove_ln=False and another out_dir, and name that with --control)" * (not control)
+
+
+def model_card(cfg, base, model, meta, unit):
+    """README.md of the folder that is handed over: this run's facts. base: what the run began from."""
+    removals = [e for e in read_log(cfg.out_dir) if e['event'] == 'remove']
+    groups = {}
+    for e in removals:
+        groups.setdefault(e['site'].split('.', 2)[-1], []).append(e['iter'])
+    schedule = '; '.join(f"{g} at iteration{f's {i[0]} to {i[-1]}' if len(i) > 1 else f' {i[0]}'}" for g, i in groups.items())
+    source = ' '.join(meta.get('source', [])) or cfg.dataset
+    published = base.startswith('gpt2') or '/' in base and not os.path.exists(base)     # a hub id, which the hub links
+    rows = '\n'.join(f"| {name} | {loss:.4f} |" for name, loss, _ in result_rows(cfg.out_dir, cfg.control))
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, interpretability, layernorm-free]
+{f'base_model: {base}' if published else '# base_model: a checkpoint of our own'}
+---
+# A GPT-2 without LayerNorm
+
+{base if base != 'scratch' else 'A model trained from scratch'} with every LayerNorm removed by fine-tuning: the division of each by the token's own standard deviation was
+replaced by a constant, one site after another ([arXiv 2409.13710](https://arxiv.org/abs/2409.13710)). The residual stream is read by
+linear maps only, so the logits are an exact sum of what the embeddings, heads, MLPs and biases write.
+
+| cross-entropy, nats per {unit}, validation split of {cfg.dataset} | |
+|---|---|
+{rows}
+
+* **Model:** {model.config.n_layer} layers, {model.config.n_head} heads, width {model.config.n_embd}, context {model.config.block_size}, vocabulary {model.config.vocab_size}
+* **Data:** {source} ({meta.get('tokenizer', 'unknown')} tokenizer); validation on {'all' if not cfg.eval_iters else cfg.eval_iters} windows of {model.config.block_size} {unit}s
+* **Training:** {cfg.max_iters:,} iterations of {cfg.batch_tokens:,} {unit}s ({cfg.max_iters * cfg.batch_tokens:,}), learning rate {cfg.learning_rate:g}, seed {cfg.seed}, {date.today()}
+* **Removal:** {schedule}{f'; each over {cfg.taper_iters} iterations' if cfg.taper_iters > 1 else ''}{f'; auxiliary loss {cfg.aux_loss_weight:g}' if cfg.aux_loss_weight else ''}
+
+```python
+from transformers import AutoTokenizer, GPT2LMHeadModel
+model = GPT2LMHeadModel.from_pretrained(folder)     # this folder, or its name on the hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+transformers has no switch for "no LayerNorm": the modules are still there, but with `layer_norm_epsilon` 1e12 each divides by 1e6,
+whatever the token, and its weight is scaled to match. Do not set another epsilon.
+"""
+
+# -----------------------------------------------------------------------------
+
+def plot(path, runs):
+    """Draws the runs' training losses (thin, smoothed) and validation losses (dots) into `path`."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(9, 5), layout='constrained')
+    marked, values = set(), []
+    for run in runs:
+        log = read_log(run)
+        train = [(e['iter'], e['loss']) for e in log if e['event'] == 'train']
+        val = [(e['iter'], e['val_loss']) for e in log if e['event'] == 'eval']
+        removes = [e for e in log if e['event'] == 'remove']
+        label = 'LayerNorm removed' if removes else 'LayerNorm kept'
+        width = max(len(train) // 6, 1)    # a moving average: one batch's loss says more of the batch than of the model
+        smooth = [np.convolve(z, np.ones(width) / width, 'valid') for z in zip(*train)]
+        line, = ax.plot(*smooth, lw=1, alpha=0.6, label=f'{label}: training, mean of {width} logged iterations')
+        ax.plot(*zip(*val), 'o-', ms=4, color=line.get_color(), label=f'{label}: validation ({run})')
+        values += [v for _, v in val] + list(smooth[1])
+        for e in log:
+            if run == runs[0] and e['event'] in ('remove', 'merge'):
+                kind = 'merge' if e['event'] == 'merge' else e['site'].split('.', 2)[-1]
+                label = {'merge': 'special constants merged'}.get(kind, f'{kind} removed')
+                ax.axvline(e['iter'], color=COLOURS[kind], lw=0.8, alpha=0.7, ls=':', label=None if kind in marked else label)
+                marked.add(kind)
+    low, high = min(values), np.quantile(values, 0.95)      # the start of a run from scratch would flatten the rest
+    ax.set(xlabel='iteration', ylabel='cross-entropy (nats)', ylim=(low - 0.05 * (high - low), high + 0.3 * (high - low)))
+    fig.legend(loc='outside lower center', ncols=2, fontsize=8)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+if __name__ == '__main__':
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    try:
+        plot(sys.argv[1], sys.argv[2:])
+    except BadInput as e:
+        print(f"report.py: {e}", file=sys.stderr)
+        sys.exit(2)
