@@ -108,15 +108,16 @@ def score(model, rows, device, batch_tokens):
             ids = torch.from_numpy(ids.astype(np.int64))
             x[r, :len(ids) - 1] = ids[:-1]
             y[r, len(ids) - 1 - n:len(ids) - 1] = ids[-n:]
-        logits = model(x.to(device))[0].float()
-        bad = ~logits.sum(-1).isfinite().cpu()      # one number a token: any NaN or infinity shows in the sum
-        for r, i in enumerate(batch):
-            if bad[r, :len(rows[i][0]) - 1].any():
-                t = bad[r].int().argmax().item()
-                raise BadInput(f"the model gives a NaN or infinite logit: question {i // 8 + 1}, {STYLES[i // 4 % 2]} style, ending {i % 4}, "
-                               f"at token {t} (id {x[r, t]}); no accuracy is computed from such a model")
-        loss = F.cross_entropy(logits.transpose(1, 2), y.to(device), ignore_index=-1, reduction='none')     # (B, T)
-        total[batch] = -loss.double().sum(1).cpu()
+        where, at = (y >= 0).nonzero(as_tuple=True)
+        z = model(x.to(device))[0][where.to(device), at.to(device)].float()     # (scored tokens, vocab)
+        bad = ~z.sum(-1).isfinite().cpu()       # one number a token: any NaN or infinity shows in the sum
+        if bad.any():
+            r, t = where[bad][0].item(), at[bad][0].item()
+            i = batch[r]
+            raise BadInput(f"the model gives a NaN or infinite logit: question {i // 8 + 1}, {STYLES[i // 4 % 2]} style, ending {i % 4}, "
+                           f"at token {t} (id {x[r, t]}); no accuracy is computed from such a model")
+        loss = F.cross_entropy(z, y[where, at].to(device), reduction='none').cpu().double()
+        total[batch] = -torch.zeros(len(batch), dtype=torch.float64).index_add(0, where, loss)
     if WORLD > 1:
         dist.all_reduce(total)
     return total
@@ -258,7 +259,7 @@ def evaluate(argv):
     truncated = sum(any(lost for _, _, lost in all_rows[q * 8:q * 8 + 8]) for q in range(len(questions)))
     print(f"{names[0]}: {len(questions):,} questions of HellaSwag in {time.time() - t0:.0f} s")
     if truncated:
-        print(f"note: {truncated:,} questions are longer than the model's context of {model.config.block_size} tokens and lost some on the left")
+        print(f"questions longer than the model's context of {model.config.block_size} tokens, which lost some on the left: {truncated:,}")
     print(f"\n{'':<18}{'accuracy':>10}{'std. error':>12}")
     for name in ('acc', 'acc_norm', 'harness_acc', 'harness_acc_norm'):
         error = result[name + '_stderr']

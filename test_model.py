@@ -3,10 +3,13 @@ The project's claims, one test each. Everything runs offline on two CPU cores, i
 
     make test
 """
+import contextlib
 import http.server
+import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -22,6 +25,7 @@ import torch
 
 import eval_hellaswag
 import prepare
+import model
 import report
 import train
 from model import BOS, EOT, TOKEN, BadInput, GPT2, GPT2Config
@@ -518,26 +522,198 @@ def test_killed_and_resumed_on_one_process_or_two_gives_the_same_losses(workspac
     assert difference(GPT2.from_pretrained('killed/hf').lm_head.weight, GPT2.from_pretrained('whole/hf').lm_head.weight) == 0
 
 
-def test_a_miniature_of_the_demo_converges(workspace, capsys):
-    """Remove everything from a model pre-trained for a minute: it must end near the control, and better than it began."""
+@pytest.fixture(scope='session')
+def mini(workspace):
+    """A miniature of the demo -> what its removal printed. The README's paths out/demo/... lead to it."""
     prepare.main(['stdlib', '--tokenizer=bytes'])
     small = ['--dataset=stdlib', '--batch_size=8', '--batch_tokens=1024', '--learning_rate=2e-3', '--min_lr=2e-4', '--warmup_iters=10',
              '--eval_interval=400', '--eval_iters=200', '--log_interval=50', '--device=cpu', '--compile=False']
     train.main(small + ['--n_layer=3', '--n_head=4', '--n_embd=96', '--block_size=128', '--out_dir=mini', '--max_iters=350'])
     tune = small + ['--init_from=mini', '--max_iters=200']
     train.main(tune + ['--out_dir=mini_control'])
-    train.main(tune + ['--out_dir=mini_free', '--control=mini_control', '--remove_ln=True', '--start_ln2=10', '--gap_ln2=8', '--start_ln1qk=34',
-                       '--gap_ln1qk=8', '--start_ln1v=58', '--gap_ln1v=8', '--start_lnf=84', '--start_eot=90', '--start_bos=95'])
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        train.main(tune + ['--out_dir=mini_free', '--control=mini_control', '--remove_ln=True', '--start_ln2=10', '--gap_ln2=8', '--start_ln1qk=34',
+                           '--gap_ln1qk=8', '--start_ln1v=58', '--gap_ln1v=8', '--start_lnf=84', '--start_eot=90', '--start_bos=95'])
+    os.makedirs('out/demo')
+    os.symlink(os.path.abspath('mini_free/hf'), 'out/demo/hf')
+    os.symlink(os.path.abspath('mini_control'), 'out/demo/control')
+    return out.getvalue()
+
+
+def test_a_miniature_of_the_demo_converges(mini):
+    """Remove everything from a model pre-trained for a minute: it must end near the control, and better than it began."""
     before, control, free = (report.evals(d)[-1][1] for d in ('mini', 'mini_control', 'mini_free'))
     assert report.evals('mini_free')[0][1] == pytest.approx(before, rel=1e-6)       # gates at 0: the loaded model
     assert before < 2.6 and free < before - 0.05 and abs(free - control) < 0.08, (before, control, free)
-    out = capsys.readouterr().out
-    assert 'LN-free' in out and f'{free - control:+.4f}' in out and 'mini_free/hf' in out
-    model, checkpoint = GPT2.from_pretrained('mini_free/hf').eval(), GPT2.from_pretrained('mini_free').eval()
+    assert 'LN-free' in mini and f'{free - control:+.4f}' in mini and 'mini_free/hf' in mini
+    handed_over, checkpoint = GPT2.from_pretrained('mini_free/hf').eval(), GPT2.from_pretrained('mini_free').eval()
     idx = torch.randint(0, 257, (2, 128))
-    assert model.config.ln_mode == 'none'
+    assert handed_over.config.ln_mode == 'none'
     with torch.no_grad():
-        assert difference(model(idx)[0], checkpoint(idx)[0]) < 1e-3
+        assert difference(handed_over(idx)[0], checkpoint(idx)[0]) < 1e-3
+
+# -----------------------------------------------------------------------------
+# Handing over.
+
+BLOCKS = re.findall(r'```python\n(.*?)```', (REPO / 'README.md').read_text(), re.S)
+
+
+@pytest.mark.parametrize('block', [b for b in BLOCKS if 'import' in b], ids=lambda b: re.findall(r'from (\S+) import', b)[0])
+def test_the_readmes_snippets(block, mini, capsys):
+    """Each runs, and what it calls logits, log_probs and resid is what our own model computes."""
+    for package in re.findall(r'^from (\w+)', block, re.M):
+        pytest.importorskip(package, exc_type=ImportError)
+    Path('snippet.py').write_text(block)
+    try:
+        names = runpy.run_path('snippet.py')
+    except (ImportError, AttributeError) as e:      # the other major version of that package is installed
+        pytest.skip(str(e))
+    if 'direct' in names:
+        free, control = [float(e) for e in re.findall(r'off by (\S+);', capsys.readouterr().out)]
+        assert free < 1e-4 < 1e-2 < control
+        return
+    model, resid = GPT2.from_pretrained('mini_free').eval(), []
+    model.h[1].register_forward_hook(lambda m, x, y: resid.append(y))
+    with torch.no_grad():
+        logits = model(names['idx'])[0]
+    found = {'logits': difference(names['logits'], logits), 'resid': difference(names.get('resid', resid[0]), resid[0]),
+             'log_probs': difference(names.get('log_probs', logits.log_softmax(-1)), logits.log_softmax(-1))}
+    print({k: f'{v:.1e}' for k, v in found.items()}, f'largest logit {logits.abs().max():.1f}')
+    assert max(found.values()) < 3e-4, found
+
+
+def test_the_handed_over_folder_is_complete(mini):
+    transformers = pytest.importorskip('transformers')
+    assert sorted(os.listdir('mini_free/hf')) == ['README.md', 'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
+    card = Path('mini_free/hf/README.md').read_text()
+    losses = [report.evals(d)[i][1] for d, i in (('mini_free', 0), ('mini_control', -1), ('mini_free', -1))]
+    assert all(f'| {loss:.4f} |' in card for loss in losses)
+    for fact in ('stdlib (bytes tokenizer)', '200 iterations of 1,024 bytes (204,800)', 'ln_2 at iterations 10 to 26', 'ln_f at iteration 84',
+                 'learning rate 0.002', '3 layers', 'mini'):
+        assert fact in card, fact
+    tokenizer = transformers.AutoTokenizer.from_pretrained('mini_free/hf')
+    encoded = tokenizer('import os<|endoftext|>', return_tensors='pt')
+    assert encoded['input_ids'].tolist() == [[*b'import os', 256]] and 'token_type_ids' not in encoded
+    theirs = transformers.GPT2LMHeadModel.from_pretrained('mini_free/hf')
+    text = theirs.generate(encoded['input_ids'][:, :-1], max_new_tokens=60, do_sample=False)        # through its cache
+    ours = GPT2.from_pretrained('mini_free').eval().generate(encoded['input_ids'][:, :-1], 60, temperature=0)
+    assert text.tolist() == ours.tolist()
+
+
+def test_tokenizer_files_equal_tiktoken(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    try:
+        gpt2 = prepare.get_tokenizer('gpt2')
+    except BadInput as e:
+        pytest.skip(str(e))
+    for name, text in prepare.tokenizer_files(gpt2, 1024).items():
+        (tmp_path / name).write_text(text, encoding='utf-8')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [t for t in NASTY if '\ud800' not in t] + [(REPO / 'test_model.py').read_text()]:
+        ids = gpt2.bpe.encode(text, allowed_special='all')
+        assert tokenizer(text)['input_ids'] == ids and tokenizer.decode(ids) == text
+
+
+def test_the_command_line_converts_a_checkpoint_into_both_forms(mini, capsys):
+    x = torch.randint(0, 257, (2, 50))
+    logits = GPT2.from_pretrained('mini_free').eval()(x)[0]
+    for form in ([], ['--folded']):
+        model.main(['mini_free', 'form', *form])
+        assert 'no LayerNorm left' + ', folded' * bool(form) in capsys.readouterr().out and os.path.exists('form/tokenizer.json')
+        config = json.loads(Path('form/config.json').read_text())
+        assert config['tie_word_embeddings'] is not bool(form) and config['layer_norm_epsilon'] == 1e12
+        assert difference(GPT2.from_pretrained('form').eval()(x)[0], logits) < 1e-3
+        shutil.rmtree('form')
+    for args, message in ((['mini_free', 'mini'], 'mini exists already'), (['mini', 'form', '--folded'], "cannot be loaded as 'none'"),
+                          (['mini_free'], 'expected MODEL FOLDER'), (['nothing', 'form'], 'names nothing')):
+        with pytest.raises(SystemExit) as e:
+            model.main(args)
+        error = capsys.readouterr().err.strip()
+        assert e.value.code == 2 and message in error and '\n' not in error and not os.path.exists('form')
+
+# -----------------------------------------------------------------------------
+# HellaSwag.
+
+def question(ctx_a='A man sits. He', ctx_b='', label=0, endings=('goes.', 'naïve 文字 “quote”.', 'no', 'is [title] Here [step] it  ends. '), activity='Sitting'):
+    return {'activity_label': activity, 'ctx_a': ctx_a, 'ctx_b': ctx_b, 'ctx': f'{ctx_a} {ctx_b}'.strip(), 'endings': list(endings), 'label': label}
+
+
+QUESTIONS = [question(), question('Then, the man.', 'the Woman', 1), question('[header] How to do [title] Begin. [step] Now [substeps]', '', '2'),
+             question('long ' * 60, 'end', 3, ('x', 'longer ' * 5, '[step]', 'é🙂')), question(endings=('y ' * 40, 'a', 'b', 'c'))]
+
+
+def test_hellaswag_texts_of_both_conventions():
+    texts = eval_hellaswag.texts
+    assert texts(QUESTIONS[1], 'completion') == ('Then, the man. the Woman', list(question()['endings']))
+    assert texts(QUESTIONS[1], 'harness') == ('Sitting: Then, the man. The woman', ['goes.', 'naïve 文字 “quote”.', 'no', 'is. Here it ends.'])
+    assert texts(QUESTIONS[2], 'harness')[0] == 'Sitting: How to do. Begin. Now '
+    assert eval_hellaswag.tokens('Now ', 'no', 'harness', lambda t: t) == ('Now', '  no')      # its space goes to the ending
+    assert eval_hellaswag.tokens('Now ', 'no', 'completion', lambda t: t) == ('Now ', ' no')
+
+
+@torch.no_grad()
+def test_hellaswag_scores_equal_one_ending_at_a_time(workspace):
+    model = random_model(block_size=64, vocab_size=257)
+    model.save_pretrained('hs')
+    Path('hs.jsonl').write_text('\n'.join(json.dumps(q) for q in QUESTIONS) + '\n')
+    command = [sys.executable, str(REPO / 'eval_hellaswag.py'), 'hs', '--data=hs.jsonl', '--device=cpu']
+    out = subprocess.run([*command, '--json=1.json'], capture_output=True, text=True)
+    assert out.returncode == 0 and 'which lost some on the left: 3' in out.stdout, out.stderr + out.stdout
+    out = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *command[1:], '--json=2.json'],
+                         capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    one, two = (json.loads(Path(f'{n}.json').read_text()) for n in (1, 2))
+    assert one == two and one['questions'] == 5 and one['truncated'] == 3
+    right = {m: 0 for m in ('acc', 'acc_norm', 'harness_acc', 'harness_acc_norm')}
+    for q, found in zip(QUESTIONS, one['scores'], strict=True):
+        for style in ('completion', 'harness'):
+            context, endings = eval_hellaswag.texts(q, style)
+            sums, lengths = [], []
+            for ending in endings:
+                n = len((' ' * (style == 'harness') * (len(context) - len(context.rstrip())) + ' ' + ending).encode())
+                ids = torch.tensor([*(context.rstrip() if style == 'harness' else context).encode()] + [0] * n)
+                ids[-n:] = torch.tensor([*(context + ' ' + ending).encode()][-n:])
+                ids = ids[-65:]
+                logp = model(ids[None, :-1])[0][0].log_softmax(-1)
+                n = min(n, 64)
+                sums.append(logp[torch.arange(64)[-n:] - 64 + len(ids) - 1, ids[-n:]].sum().item())
+                lengths.append(n if style == 'completion' else len(ending))
+            assert found[style]['loglikelihood'] == pytest.approx(sums, abs=1e-3)
+            assert found[style]['tokens' if style == 'completion' else 'characters'] == lengths
+            prefix = '' if style == 'completion' else 'harness_'
+            right[prefix + 'acc'] += np.argmax(sums) == int(q['label'])
+            right[prefix + 'acc_norm'] += np.argmax([s / n if n else -np.inf for s, n in zip(sums, lengths)]) == int(q['label'])
+    assert {m: one[m] for m in right} == {m: n / 5 for m, n in right.items()}
+    assert one['acc_stderr'] == pytest.approx((one['acc'] * (1 - one['acc']) / 4) ** 0.5)
+
+
+def test_the_questions_are_downloaded_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    body = ''.join(json.dumps(question(label=i % 4)) + '\n' for i in range(eval_hellaswag.QUESTIONS)).encode()
+    answers = []
+
+    class Files(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, sent = answers.pop(0)
+            self.send_response(status)
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(sent)
+
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Files)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(time, 'sleep', lambda s: capsys.disabled())
+    url, path = f'http://127.0.0.1:{server.server_port}/q', str(tmp_path / 'data/q.jsonl')
+    answers[:] = [(500, b''), (200, body[:1000]), (200, body.replace(b'"label": 3', b'"label": 4')), (200, body)]
+    eval_hellaswag.download(url, path)
+    assert Path(path).read_bytes() == body and os.listdir(tmp_path / 'data') == ['q.jsonl'] and not answers
+    os.remove(path)
+    answers[:] = [(404, b'')] * 5
+    with pytest.raises(BadInput, match=r'cannot be downloaded \(404 .*put the official hellaswag_val.jsonl at'):
+        eval_hellaswag.download(url, path)
+    assert os.listdir(tmp_path / 'data') == []
+    server.shutdown()
 
 # -----------------------------------------------------------------------------
 # Data.
@@ -645,6 +821,24 @@ def broken(workspace):
     Path('bad.jsonl').write_text('{"text": "fine"}\n{"text": 3}\n')
     Path('void.txt').write_text('')
     Path('words.txt').write_text('some words')
+    infinite = random_model('none', block_size=64, vocab_size=257)
+    infinite.wte.weight.data[ord('~')] = 1e15       # finite in attention, too much for the unembedding
+    infinite.lm_head.weight.data *= 1e25
+    os.makedirs('infinite')
+    model.save_checkpoint('infinite', infinite)
+    shutil.copytree('data/tiny', 'data/tilde')
+    val = np.fromfile('data/tiny/val.bin', np.uint16) % 32
+    val[[70, 80, 999]] = ord('~')
+    val.tofile('data/tilde/val.bin')
+    random_model(vocab_size=300).save_pretrained('odd_vocab')
+    shutil.copytree('run', 'shown')     # an hf/ that somebody may have edited
+    os.makedirs('shown/hf')
+    os.remove('shown/ckpt.pt')
+    good = json.dumps(question())
+    for name, line in {'not_json': good[:50], 'label': json.dumps(question(label=4)), 'endings': json.dumps(question(endings='abc')),
+                       'field': good.replace('ctx_b', 'ctxb'), 'tilde': json.dumps(question(ctx_a='a b', endings=('', '1', '2', 'the ~ longest'))), 'list': '[1]'}.items():
+        Path(f'{name}.jsonl').write_text(f'{good}\n{line}\n')
+    Path('none.jsonl').write_text('')
 
 
 NEW = ['--out_dir=never']
@@ -698,6 +892,26 @@ TRAIN_ERRORS = [
     (TINY + ['--out_dir=run'], "run holds another run's checkpoint: resume that run with --init_from=resume, or choose another --out_dir"),
     (TINY + ['--out_dir=words.txt/x'], "out_dir words.txt/x cannot be written"),
     (TINY + NEW + ['--control=empty'], "empty/log.jsonl is missing, damaged or holds no evaluation"),
+    (TINY + REMOVE + ['--out_dir=shown', '--max_iters=16'], "shown/hf exists already, and this run would write it"),
+    (['--eval_only=True', '--eval_iters=0', '--dataset=tilde', '--init_from=infinite'], "infinite gives a NaN or infinite logit: first at token 6 of window 1 of data/tilde/val.bin, 83 of"),
+    (['--eval_only=True', '--dataset=tiny', '--init_from=run', '--control=odd_vocab'], "control=odd_vocab has a vocabulary of 300 tokens, init_from=run of 257"),
+    (['--eval_only=True', '--dataset=shortval', '--init_from=run'], "less than one window of block_size + 1 = 33"),
+]
+HELLASWAG_ERRORS = [
+    (['run', '--data=nothing.jsonl'], "cannot read the questions nothing.jsonl: No such file"),
+    (['run', '--data=none.jsonl'], "none.jsonl holds no questions"),
+    (['run', '--data=not_json.jsonl'], "not_json.jsonl, line 2: not a question as JSON"),
+    (['run', '--data=list.jsonl'], "list.jsonl, line 2: not a question as JSON"),
+    (['run', '--data=label.jsonl'], "label.jsonl, line 2: label is 4, expected 0, 1, 2 or 3"),
+    (['run', '--data=endings.jsonl'], "endings.jsonl, line 2: expected `endings` to be a list of four texts"),
+    (['run', '--data=field.jsonl'], "field.jsonl, line 2: the field 'ctx_b' is missing"),
+    (['infinite', '--data=tilde.jsonl'], "NaN or infinite logit: question 2, harness style, ending 3, at token 17 (id 126)"),
+    (['odd_vocab', '--data=tilde.jsonl'], "odd_vocab has a vocabulary of 300 tokens; expected GPT-2's (50257) or bytes (257)"),
+    (['run', 'free', '--data=tilde.jsonl'], "expected one MODEL, got 2"),
+    (['run', '--data=tilde.jsonl', '--limit=0'], "--limit=0: expected a whole number of at least 1"),
+    (['run', '--data=tilde.jsonl', '--json=nowhere/x.json'], "--json=nowhere/x.json cannot be written"),
+    (['run', '--dada=q.jsonl'], "--dada=q.jsonl: expected one of --data="),
+    (['no/such', '--data=tilde.jsonl'], "no/such names nothing"),
 ]
 PREPARE_ERRORS = [
     (['nothing.txt'], "no such file: nothing.txt"),
@@ -716,7 +930,8 @@ PREPARE_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize('script, args, message', [(train, *e) for e in TRAIN_ERRORS] + [(prepare, *e) for e in PREPARE_ERRORS],
+@pytest.mark.parametrize('script, args, message', [(train, *e) for e in TRAIN_ERRORS] + [(prepare, *e) for e in PREPARE_ERRORS]
+                         + [(eval_hellaswag, *e) for e in HELLASWAG_ERRORS],
                          ids=lambda v: v if isinstance(v, str) else '')
 def test_bad_input_is_told_in_one_line(script, args, message, broken, capsys):
     kept = {p: p.read_bytes() for p in Path('.').rglob('*') if p.is_file() and p.parts[0] in ('run', 'free', 'data')}
