@@ -370,7 +370,11 @@ def prepare(sources, name, tokenizer, max_tokens, val_fraction):
         print(f"{empty:,} empty documents, kept as an end-of-text each")
     if undecodable:
         print(f"{undecodable:,} bytes were not UTF-8 and were replaced")
-    print(f"{time.time() - t0:.1f} s, {total / (time.time() - t0):,.0f} tokens/s, tokenizer {tokenizer.name}")
+    if drawn and not max_tokens and n != OPENWEBTEXT:
+        print(f"note: nanoGPT's validation documents are drawn from {OPENWEBTEXT:,}; this source had {n:,}, so val.bin is another one")
+    seconds = time.time() - t0
+    print(f"took {'the first ' * bool(max_tokens)}{n:,} {'windows' if windows[0] else 'documents'} of {' '.join(sources)}: {seconds:.1f} s, "
+          f"{total / seconds:,.0f} tokens/s, tokenizer {tokenizer.name}")
 
 
 def main(argv=None):

@@ -90,19 +90,22 @@ def result_table(out_dir, control, n_sites, unit):
 
 def model_card(cfg, base, model, meta, unit):
     """README.md of the folder that is handed over: this run's facts. base: what the run began from."""
-    removals = [e for e in read_log(cfg.out_dir) if e['event'] == 'remove']
     groups = {}
-    for e in removals:
-        groups.setdefault(e['site'].split('.', 2)[-1], []).append(e['iter'])
+    for e in read_log(cfg.out_dir):
+        if e['event'] == 'remove':
+            groups.setdefault(e['site'].split('.', 2)[-1], []).append(e['iter'])
+        elif e['event'] == 'merge':
+            groups['constants of ' + {'eot': 'end-of-text', 'bos': 'position 0'}[e['kind']] + ' merged'] = [e['iter']]
     schedule = '; '.join(f"{g} at iteration{f's {i[0]} to {i[-1]}' if len(i) > 1 else f' {i[0]}'}" for g, i in groups.items())
     source = ' '.join(meta.get('source', [])) or cfg.dataset
-    published = base.startswith('gpt2') or '/' in base and not os.path.exists(base)     # a hub id, which the hub links
+    published = not os.path.exists(base) and base != 'scratch'      # a hub id, which the hub links; a path is nobody's business
+    base = base if published else os.path.basename(base.rstrip('/'))
     rows = '\n'.join(f"| {name} | {loss:.4f} |" for name, loss, _ in result_rows(cfg.out_dir, cfg.control))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [gpt2, interpretability, layernorm-free]
-{f'base_model: {base}' if published else '# base_model: a checkpoint of our own'}
+{f'base_model: {base}' if published else '# base_model: not on the hub'}
 ---
 # A GPT-2 without LayerNorm
 

@@ -209,6 +209,22 @@ def test_the_epsilon_convention_round_trip(tmp_path):
 
 
 @torch.no_grad()
+def test_the_published_checkpoints_form_loads(tmp_path):
+    """apollo-research/gpt2_noLN as transformers holds it: blocks folded, with scales of 1e6; ln_f's own weight and bias; a tied head."""
+    transformers = pytest.importorskip('transformers')
+    config = transformers.GPT2Config(n_positions=31, vocab_size=101, n_embd=39, n_head=3, n_layer=3, layer_norm_epsilon=1e12, initializer_range=0.2)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    for name, p in theirs.named_parameters():
+        if '.ln_1.' in name or '.ln_2.' in name:
+            p.fill_(1e6 * name.endswith('weight'))
+        elif '.ln_f.' in name:
+            p.copy_(torch.randn(39) * (1e6 if name.endswith('weight') else 1))
+    theirs.save_pretrained(tmp_path)
+    ours = GPT2.from_pretrained(str(tmp_path)).eval()
+    assert ours.config.ln_mode == 'none' and difference(ours(IDX)[0], theirs(IDX).logits) < 1e-4 * theirs(IDX).logits.abs().max()
+
+
+@torch.no_grad()
 def test_what_transformers_cannot_express_is_refused(tmp_path):
     model = random_model('fake')
     model.save_pretrained(tmp_path / 'before')      # all gates 0: a stock GPT-2
@@ -320,6 +336,14 @@ def test_prepare_streams_from_a_hub_also_what_has_a_dataset_script(hub, tmp_path
         ids = np.fromfile(tmp_path / f'data/{name}/train.bin', np.uint16)
         expected = np.concatenate([[*f'document {i}'.encode(), 256] for i in range(300)])
         assert len(ids) == 1000 and ids[-1] == 256 and (ids[:-1] == expected[:999]).all()
+    ids = np.random.default_rng(0).integers(50257, size=(200, 256))
+    pyarrow.parquet.write_table(pyarrow.table({'input_ids': list(ids)}), tmp_path / 'p')
+    repos['datasets', 'lucabaroni/apollo-pile-filtered-10k'] = {'main': {'data/train-00000-of-00001.parquet': (tmp_path / 'p').read_bytes()}}
+    out = subprocess.run([sys.executable, str(REPO / 'prepare.py'), 'pile_filtered'], env=env, cwd=tmp_path, capture_output=True, text=True)
+    if out.returncode == 0 or 'BPE files cannot be had' not in out.stderr:
+        assert out.returncode == 0 and 'took 200 windows of pile_filtered' in out.stdout, out.stderr
+        assert (np.fromfile(tmp_path / 'data/pile_filtered/val.bin', np.uint16) == ids.ravel()).all()
+
     expected_all = np.concatenate([[*f'document {i}'.encode(), 256] for i in range(300)])
     repos['datasets', 'me/shards'] = {'main': {f'data/train-{k:05d}-of-00002.parquet': parquet for k in range(2)}}
     repos['drop'] = set(range(1, 400, 3))      # one request in three breaks off in the middle
@@ -765,6 +789,35 @@ def test_bytes_and_what_is_counted(workspace, capsys):
     out = capsys.readouterr().out
     assert '1 empty documents, kept' in out and '2 bytes were not UTF-8 and were replaced' in out
     assert prepare.Bytes().decode([*'é🙂'.encode(), 256]) == 'é🙂'
+
+
+def test_openwebtexts_validation_documents_are_nanogpts(workspace, monkeypatch):
+    import datasets
+    split = datasets.Dataset.from_dict({'n': range(5000)}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    assert prepare.nanogpt_val(5000) == set(split['test']['n'])
+    assert len(prepare.nanogpt_val()) == 4007       # of 8,013,769
+    monkeypatch.setattr(prepare, 'hub_dataset', lambda name, only=None: (f'{name} {n}' for n in range(4000) if only is None or n in only))
+    expected = sorted(n for n in prepare.nanogpt_val() if n < 4000)
+    for preset, train_documents in (('openwebtext', 4000 - len(expected)), ('openwebtext_val', 0)):
+        prepare.main([preset, '--tokenizer=bytes'])
+        assert documents_of(preset, 'val', 256) == [[*f'Skylion007/openwebtext {n}'.encode(), 256] for n in expected]
+        assert len(documents_of(preset, 'train', 256)) == train_documents
+
+
+def test_windows_of_token_ids_are_kept_as_they_are(workspace):
+    rng = np.random.default_rng(0)
+    windows = rng.integers(257, size=(150, 128)).tolist()
+
+    def prepared(rows, *args):
+        Path('ids.rows.jsonl').write_text(''.join(json.dumps({'input_ids': r}) + '\n' for r in rows))
+        prepare.main(['ids.rows.jsonl', '--name=ids', '--tokenizer=bytes', '--val_fraction=1', *args])
+        return np.fromfile('data/ids/val.bin', np.uint16).tolist(), json.loads(Path('data/ids/meta.json').read_text()).get('window')
+    flat = sum(windows, [])
+    assert prepared(windows) == (flat, 128)
+    assert prepared(windows + [windows[0][:50]]) == (flat + windows[0][:50], 128)       # a short last one fits
+    assert prepared(windows[:110] + [[1]] + windows[110:])[1] is None                   # one in the middle does not
+    assert prepared(windows, '--max_tokens=1000') == (flat[:7 * 128], 128)
+    assert prepared([[1, 2], [3]]) == ([1, 2, 256, 3, 256], None)                       # documents
 
 
 def test_the_splits_share_no_document(workspace):
