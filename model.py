@@ -18,13 +18,16 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class BadInput(ValueError):
@@ -171,6 +174,7 @@ class GPT2(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False     # in training, keep a block's input only and compute the rest of it again
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -200,7 +204,8 @@ class GPT2(nn.Module):
         """idx (B, T) int64 -> logits (B, T, vocab) and the mean cross-entropy in nats, None without targets.
 
         Targets of -1 are left out of the mean. With `return_stds`, a third value: for each LN in the order of
-        `layernorms()`, sigma of its input, (B, T), differentiable. Raises BadInput if T exceeds block_size.
+        `layernorms()`, sigma of its input, (B, T), differentiable (in training with gradient_checkpointing, ln_f's only).
+        Raises BadInput if T exceeds block_size.
         """
         B, T = idx.shape
         if T > self.config.block_size:
@@ -209,7 +214,10 @@ class GPT2(nn.Module):
         stds = [] if return_stds else None
         x = self.drop(self.wte(idx) + self.wpe.weight[:T])      # (B, T, C)
         for block in self.h:
-            x = block(x, kind, stds)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, kind, None, use_reentrant=False)
+            else:
+                x = block(x, kind, stds)
         logits = self.lm_head(*self.ln_f(x, kind, stds))
         loss = None
         if targets is not None:
@@ -370,8 +378,14 @@ class GPT2(nn.Module):
     @classmethod
     def _build(cls, config, sd, source, fresh_gates=False):
         """A model with the tensors of sd, and no memory spent before every name and shape has been checked."""
-        with torch.device('meta'):
-            model = cls(config)
+        last = f'h.{config.n_layer - 1}.attn.c_attn.weight'
+        if last not in sd:      # before a billion layers are made of a config that says so
+            raise BadInput(f"{source}: the weights lack {last}, but the config says n_layer {config.n_layer}")
+        try:
+            with torch.device('meta'):
+                model = cls(config)
+        except (RuntimeError, TypeError) as e:
+            raise BadInput(f"{source}: no model can have this configuration: {str(e).splitlines()[0]}")
         sd, expected = sd | (dict(model.named_buffers()) if fresh_gates else {}), model.state_dict()
         if missing := sorted(expected.keys() - sd.keys()):
             raise BadInput(f"{source}: the weights lack {missing[0]} ({len(missing)} tensors missing)")
@@ -461,25 +475,59 @@ def export(model, folder, files={}):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
+CHECKPOINT, PREVIOUS = 'ckpt.pt', 'ckpt.prev.pt'
+
+
 def save_checkpoint(out_dir, model, **extra):
-    """Writes out_dir/ckpt.pt: `model_args`, `model` and what else is given; tensors and plain values only."""
-    tmp = os.path.join(out_dir, 'ckpt.pt.tmp')
-    torch.save({'model_args': asdict(model.config), 'model': model.state_dict(), **extra}, tmp)
-    os.replace(tmp, os.path.join(out_dir, 'ckpt.pt'))
+    """Writes out_dir/ckpt.pt: `model_args`, `model` and what else is given; tensors and plain values only.
 
-
-def load_checkpoint(out_dir):
-    """The dictionary that save_checkpoint wrote, on the CPU. Raises BadInput if it cannot be read."""
-    path = os.path.join(out_dir, 'ckpt.pt')
+    The checkpoint that was there stays as ckpt.prev.pt. At any instant ckpt.pt is a complete file, the old or the new.
+    Raises BadInput if it cannot be written.
+    """
+    path, previous, tmp, link = (os.path.join(out_dir, n) for n in (CHECKPOINT, PREVIOUS, '.ckpt.tmp', '.ckpt.link'))
     try:
+        for leftover in filter(os.path.exists, (tmp, link)):    # of a run that was killed here
+            os.remove(leftover)
+        with open(tmp, 'wb') as f:
+            torch.save({'model_args': asdict(model.config), 'model': model.state_dict(), **extra}, f)
+            f.flush()
+            os.fsync(f.fileno())    # on the disk before it has the name
+        if os.path.exists(path):
+            try:
+                os.link(path, link)     # a second name first, so that the first is never without a file
+                os.replace(link, previous)
+            except OSError:             # a file system without links
+                os.replace(path, previous)
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:    # torch tells of a full disk by either
+        raise BadInput(f"{path} cannot be written ({str(e).splitlines()[0]}); what was there before is intact")
+    finally:
+        for leftover in filter(os.path.exists, (tmp, link)):
+            os.remove(leftover)
+
+
+def load_checkpoint(out_dir, name=CHECKPOINT):
+    """The dictionary that save_checkpoint wrote, on the CPU. Raises BadInput if it is missing or damaged."""
+    path, other = os.path.join(out_dir, name), os.path.join(out_dir, PREVIOUS)
+    try:
+        with zipfile.ZipFile(path) as z:
+            if damaged := z.testzip():      # torch does not look at the checksums itself
+                raise zipfile.BadZipFile(damaged)
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
         if not all(torch.is_tensor(v) for v in ckpt['model'].values()) or not isinstance(ckpt['model_args'], dict):
             raise TypeError
+        return ckpt
     except FileNotFoundError:
-        raise BadInput(f"no checkpoint {path}: expected an out_dir in which train.py saved one")
-    except Exception as e:      # torch names damage by many exceptions: RuntimeError, EOFError, UnpicklingError, KeyError
-        raise BadInput(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__})")
-    return ckpt
+        problem = f"no checkpoint {path}: expected an out_dir in which train.py saved one"
+    except Exception as e:      # damage has many names: BadZipFile, RuntimeError, EOFError, UnpicklingError, KeyError
+        problem = f"{path} is damaged or not a checkpoint of this project ({type(e).__name__})"
+    if name == CHECKPOINT and os.path.exists(other):
+        try:
+            it = load_checkpoint(out_dir, PREVIOUS).get('iter')
+            problem += f"; the one before it, of iteration {it}, is intact: type mv {shlex.quote(other)} {shlex.quote(path)} to go back to it"
+        except BadInput:
+            problem += f"; and so is {other}"
+    raise BadInput(problem)
 
 
 def _from_hub(name):

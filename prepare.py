@@ -30,6 +30,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import requests
 
 from model import BadInput
 
@@ -65,6 +66,13 @@ class GPT2BPE:
 
     def __init__(self):
         import tiktoken
+        import tiktoken.load
+
+        def read_file(address):     # tiktoken's own, which sets no time-out; it checks the files' hashes and caches them
+            answer = requests.get(address, timeout=(10, 60))
+            answer.raise_for_status()
+            return answer.content
+        tiktoken.load.read_file = read_file
         try:
             self.bpe = tiktoken.get_encoding('gpt2')
         except Exception as e:      # requests' many ways of failing
@@ -138,18 +146,22 @@ def _replace(error):
 codecs.register_error('count', _replace)
 
 
-def text_file(path):
-    """A text file in pieces. A cut before a single space between two words never parts what the BPE would join."""
+def pieces(chunks):
+    """A document's text in other pieces. A cut before a single space between two words never parts what the BPE would join."""
     rest = ''
-    with open(path, encoding='utf-8', errors='count', newline='') as f:
-        while more := f.read(PIECE):
-            rest += more
-            cuts = [m.end() for m in re.finditer(r'\S(?= \S)', rest[-PIECE // 4:])][-1:] if len(more) == PIECE else []
-            if cuts:
-                cut = len(rest) - min(len(rest), PIECE // 4) + cuts[0]
-                yield rest[:cut], PIECE_FOLLOWS
-                rest = rest[cut:]
+    for more in chunks:
+        rest += more
+        cuts = [m.end() for m in re.finditer(r'\S(?= \S)', rest[-PIECE // 4:])][-1:] if len(rest) >= PIECE else []
+        if cuts:
+            cut = len(rest) - min(len(rest), PIECE // 4) + cuts[0]
+            yield rest[:cut], PIECE_FOLLOWS
+            rest = rest[cut:]
     yield rest, ENDS
+
+
+def text_file(path):
+    with open(path, encoding='utf-8', errors='count', newline='') as f:
+        yield from pieces(iter(lambda: f.read(PIECE), ''))
 
 
 def jsonl_file(path):
@@ -190,7 +202,11 @@ def windows_or_documents(rows):
     head = list(itertools.islice(rows, 100))
     lengths = {len(r) if isinstance(r, list) else 0 for r in head}
     cut = len(head) > 1 and len(lengths) == 1 and min(lengths) >= 128
-    yield from ((r, WINDOW_ENDS if cut else ENDS) for r in itertools.chain(head, rows))
+    for r in itertools.chain(head, rows):
+        if isinstance(r, str):
+            yield from pieces(r[i:i + PIECE] for i in range(0, len(r), PIECE))
+        else:
+            yield r, WINDOW_ENDS if cut else ENDS
 
 
 def nanogpt_val(documents=OPENWEBTEXT, fraction=PRESETS['openwebtext'][1]):

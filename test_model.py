@@ -523,27 +523,240 @@ def assert_close(a, b):
         assert x.get('std', {}) == pytest.approx(y.get('std', {}), rel=1e-4)
 
 
-def test_killed_and_resumed_on_one_process_or_two_gives_the_same_losses(workspace):
-    args = TINY + REMOVE + ['--max_iters=40', '--eval_interval=8', '--dropout=0.1']
-    whole, two = run(*args, '--out_dir=whole'), run(*args, '--out_dir=two', nproc=2)
-    assert 'sites   5/7' in finished(whole)
-    finished(two)
-    assert_close(steps_of('whole'), steps_of('two'))
+LONG = TINY + REMOVE + ['--max_iters=40', '--eval_interval=8', '--dropout=0.1']
 
-    killed = run(*args, '--out_dir=killed')
-    while len([e for e in log_of('killed') if e['event'] == 'train'] if os.path.exists('killed/log.jsonl') else []) < 12:
-        assert killed.poll() is None
+
+@pytest.fixture(scope='session')
+def whole(workspace):
+    """What an uninterrupted run of one process did."""
+    finished(run(*LONG, '--out_dir=whole'))
+    return steps_of('whole')
+
+
+def wait_for(out_dir, n, process):
+    """Until the run has logged n training steps."""
+    while len([e for e in log_of(out_dir) if e['event'] == 'train'] if os.path.exists(f'{out_dir}/log.jsonl') else []) < n:
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
+
+
+def test_killed_and_resumed_on_any_number_of_processes_gives_the_same_losses(whole):
+    three = run(*LONG, '--out_dir=three', nproc=3)      # four micro-batches an iteration: they do not come out even
+    killed = run(*LONG, '--out_dir=killed')
+    wait_for('killed', 12, killed)
+    killed.kill()
     killed.wait()
     assert os.path.exists('killed/ckpt.pt') and log_of('killed')[-1]['iter'] < 39
+    finished(three)
+    assert_close(steps_of('three'), whole)
     shutil.copytree('killed', 'killed2')
-    one, two = run(*args, '--out_dir=killed', '--init_from=resume'), run(*args, '--out_dir=killed2', '--init_from=resume', nproc=2)
+    one, two = run(*LONG, '--out_dir=killed', '--init_from=resume'), run(*LONG, '--out_dir=killed2', '--init_from=resume', nproc=2)
     assert 'LN-free' in finished(one)
     finished(two)
-    assert steps_of('killed') == steps_of('whole')      # to the last bit
-    assert_close(steps_of('killed2'), steps_of('whole'))
+    assert steps_of('killed') == whole      # to the last bit
+    assert_close(steps_of('killed2'), whole)
     assert difference(GPT2.from_pretrained('killed/hf').lm_head.weight, GPT2.from_pretrained('whole/hf').lm_head.weight) == 0
+    assert 'mini' not in Path('killed/hf/README.md').read_text() and 'trained from scratch' in Path('killed/hf/README.md').read_text()
+
+
+# -----------------------------------------------------------------------------
+# What goes wrong in a night.
+
+@pytest.mark.parametrize('kills', [3, pytest.param(40, marks=pytest.mark.torture)])
+def test_killed_at_random_moments(kills, whole):
+    """SIGKILL, again and again, with a checkpoint every other iteration; then what was logged is an uninterrupted run's."""
+    rng, out_dir = np.random.default_rng(kills), f'random{kills}'
+    frequent = [a for a in LONG if 'eval_interval' not in a] + [f'--out_dir={out_dir}', '--eval_interval=2', '--guard_nats=0']
+    resume = lambda: frequent + ['--init_from=resume'] * os.path.exists(f'{out_dir}/ckpt.pt')
+    for _ in range(kills):
+        process = run(*resume())
+        before = os.path.getmtime(f'{out_dir}/log.jsonl') if os.path.exists(f'{out_dir}/log.jsonl') else 0
+        while process.poll() is None and (not os.path.exists(f'{out_dir}/log.jsonl') or os.path.getmtime(f'{out_dir}/log.jsonl') == before):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.4 if kills < 10 else 0.1))
+        process.kill()
+        process.communicate()
+        if os.path.exists(f'{out_dir}/ckpt.pt'):
+            model.load_checkpoint(out_dir)
+            if model.load_checkpoint(out_dir)['iter'] == 40:
+                break
+    finished(run(*resume()))
+    train_steps = [e for e in steps_of(out_dir) if e['event'] != 'eval']
+    assert train_steps == [e for e in whole if e['event'] != 'eval']
+    assert [e['iter'] for e in steps_of(out_dir) if e['event'] == 'eval'] == list(range(0, 41, 2))
+    assert {f for f in os.listdir(out_dir) if 'tmp' in f} <= set()
+
+
+@pytest.mark.parametrize('where', ['write', 'fsync', 'link', 'replace', 'second replace'])
+def test_killed_while_a_checkpoint_is_written(where, tmp_path):
+    models = [random_model(n_layer=1) for _ in range(3)]
+    for it in (0, 1):
+        model.save_checkpoint(tmp_path, models[it], iter=it)
+    if (pid := os.fork()) == 0:
+        def die(*args, left=[where == 'second replace'], original=os.replace, **kwargs):
+            if left[0]:
+                left[0] = False
+                return original(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if where == 'write':
+            torch.save = lambda obj, f: (f.write(b'PK half a checkpoint'), f.flush(), die())
+        else:
+            setattr(os, where.split()[-1], die)
+        model.save_checkpoint(tmp_path, models[2], iter=2)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert model.load_checkpoint(tmp_path)['iter'] == 1 and model.load_checkpoint(tmp_path, model.PREVIOUS)['iter'] == (1 if where == 'second replace' else 0)
+    model.save_checkpoint(tmp_path, models[2], iter=2)
+    assert model.load_checkpoint(tmp_path)['iter'] == 2 and model.load_checkpoint(tmp_path, model.PREVIOUS)['iter'] == 1
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.prev.pt', 'ckpt.pt']
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(tmp_path):
+    a, b = tmp_path / 'ckpt.pt', tmp_path / 'ckpt.prev.pt'
+    for it in (1, 2):
+        model.save_checkpoint(tmp_path, random_model(), iter=it)
+    whole = a.read_bytes()
+    for damaged in (whole[:-100], whole[:len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1:], b''):
+        a.write_bytes(damaged)
+        with pytest.raises(BadInput, match=f'{a} is damaged .* of iteration 1, is intact: type mv {b} {a} to go back'):
+            GPT2.from_pretrained(str(tmp_path))
+    b.write_bytes(b'also')
+    with pytest.raises(BadInput, match='damaged .*; and so is'):
+        model.load_checkpoint(tmp_path)
+
+
+def test_signals_finish_the_step_and_save(whole):
+    for number, nproc in ((signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)):
+        out_dir = f'stopped{number}{nproc}'
+        process = run(*LONG, f'--out_dir={out_dir}', nproc=nproc)
+        wait_for(out_dir, 5, process)
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+        it = model.load_checkpoint(out_dir)['iter']
+        assert process.returncode == (128 + number if nproc == 1 else 1) and 5 <= it < 40 and f'stopped and saved before iteration {it};' in output, output
+        finished(run(*LONG, f'--out_dir={out_dir}', '--init_from=resume'))
+        assert steps_of(out_dir) == whole if nproc == 1 else assert_close(steps_of(out_dir), whole) is None
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    asked = train.ask_to_stop()
+    try:
+        for _ in range(2):      # the second comes from torchrun, at the same moment
+            os.kill(os.getpid(), signal.SIGINT)
+        assert asked == [signal.SIGINT] * 2
+        time.sleep(1.1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def test_torchrun_restarts_a_killed_worker_from_the_last_checkpoint(whole):
+    process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max_restarts=1',
+                                str(REPO / 'train.py'), *LONG, '--out_dir=elastic'], env=os.environ | {'OMP_NUM_THREADS': '1'}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for('elastic', 12, process)
+    workers = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert 'LN-free' in finished(process)
+    assert_close(steps_of('elastic'), whole)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(workspace):
+    import resource
+    args = TINY + ['--out_dir=full', '--eval_interval=4']
+    finished(run(*args, '--max_iters=4'))
+    kept = Path('full/ckpt.pt').read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, len(kept) // 2))
+    process = run(*args, '--max_iters=8', '--init_from=resume', preexec_fn=limit)
+    output = process.communicate()[0]
+    assert process.returncode == 2 and output.splitlines()[-1].startswith('train.py: full/ckpt.pt cannot be written (') and 'Traceback' not in output, output
+    assert Path('full/ckpt.pt').read_bytes() == kept and sorted(os.listdir('full')) == ['.lock', 'ckpt.pt', 'log.jsonl']
+    finished(run(*args, '--max_iters=8', '--init_from=resume'))
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(workspace, capsys, monkeypatch):
+    args = TINY + REMOVE + ['--out_dir=diverged', '--eval_interval=4', '--max_iters=60', '--guard_patience=8', '--grad_clip=0']
+    train.main([a for a in args if 'max_iters' not in a] + ['--max_iters=16'])
+    kept = Path('diverged/ckpt.pt').read_bytes()
+    shutil.rmtree('diverged/hf')
+
+    def fails(message, *more):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            train.main(args + ['--init_from=resume', *more])
+        error = capsys.readouterr().err.strip()
+        assert e.value.code == 2 and re.search(message, error) and '\n' not in error, error
+        assert 'the last event of the removal was merge bos at iteration 13; diverged/ckpt.pt of before is kept. Try a wider gap' in error
+        assert Path('diverged/ckpt.pt').read_bytes() == kept and max(e['iter'] for e in log_of('diverged')) < 30
+    step = train.step
+    monkeypatch.setattr(train, 'step', lambda cfg, it, *a: (step(cfg, it, *a)[0] + 9 * (it >= 18), torch.tensor(1.0)))
+    fails('since iteration 18 the loss, .* is more than guard_nats=2 above its lowest level')
+    monkeypatch.setattr(train, 'step', lambda cfg, it, *a: (step(cfg, it, *a)[0], torch.tensor(torch.nan if it == 18 else 1.0)))
+    fails('a gradient that is not finite at iteration 18', '--log_interval=7')
+    monkeypatch.undo()
+    fails('a gradient that is not finite at iteration 1[67]', '--learning_rate=3')      # in earnest
+
+
+def test_the_guard_lets_a_removals_spikes_pass():
+    cfg, _ = train.load_config([str(REPO / 'config/remove_ln.py')])
+    rng = np.random.default_rng(0)
+    bump = lambda it: sum(3 * 0.9 ** (it - when) for when, _, _ in train.schedule(cfg, 12) if it >= when)      # far worse than the paper's
+    losses = []
+    for it in range(0, 1200, 10):
+        losses.append((it, 3 + bump(it) + rng.normal() * 0.05))
+        since, level = train.high_since(losses, cfg)
+        assert since is None or it - since < cfg.guard_patience
+    assert level == pytest.approx(3, abs=0.1) and train.high_since(losses + [(1200, 5.5)], cfg)[0] == 1200
+
+
+def test_hostile_files_run_nothing_and_are_told(tmp_path):
+    import pickle
+    import zipfile
+    from safetensors.torch import load_file, save_file
+    random_model().save_pretrained(tmp_path / 'ok')
+
+    def refused(change, message):
+        shutil.rmtree(tmp_path / 'x', ignore_errors=True)
+        shutil.copytree(tmp_path / 'ok', tmp_path / 'x')
+        change(tmp_path / 'x')
+        t0 = time.time()
+        with pytest.raises(BadInput, match=message):
+            GPT2.from_pretrained(str(tmp_path / 'x'))
+        assert time.time() - t0 < 5
+    config = lambda **keys: lambda d: (d / 'config.json').write_text(json.dumps(json.loads((d / 'config.json').read_text()) | keys))
+    refused(config(n_layer=10 ** 9), 'the weights lack h.999999999.attn')
+    refused(config(n_embd=3 * 10 ** 18, n_head=3), 'shape|no model can have')
+    refused(config(n_positions=-1), "block_size is -1")
+    refused(config(vocab_size=2 ** 70), 'no model can have|Overflow|shape')
+
+    def header(d):
+        body = (d / 'model.safetensors').read_bytes()
+        (d / 'model.safetensors').write_bytes((10 ** 15).to_bytes(8, 'little') + body[8:])
+    refused(header, 'damaged weights')
+    refused(lambda d: (d / 'model.safetensors').write_bytes((d / 'model.safetensors').read_bytes().replace(b'"F32"', b'"F64"', 1)), 'damaged weights')
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'ran'),)
+
+    def pickled(d):
+        torch.save({'model_args': {}, 'model': Evil()}, d / 'ckpt.pt')
+    refused(pickled, 'ckpt.pt is damaged or not a checkpoint of this project')
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_a_document_of_100_mb_on_one_line_and_a_path_with_spaces(workspace):
+    text = 'wörds and spaces ' * (6 << 20 if os.environ.get('TORTURE') else 1 << 18)
+    os.makedirs('ein Ordner', exist_ok=True)
+    Path('ein Ordner/größe 1.jsonl').write_text(json.dumps({'text': text}))
+    prepare.main(['ein Ordner/größe 1.jsonl', '--name=größe', '--tokenizer=bytes', '--val_fraction=0'])
+    assert Path('data/größe/train.bin').read_bytes() == np.array([*text.encode(), 256], np.uint16).tobytes()
+    train.main([a for a in TINY if 'dataset' not in a] + ['--dataset=tiny', '--out_dir=ein Ordner/läuft', '--max_iters=2'])
+    assert GPT2.from_pretrained('ein Ordner/läuft')
 
 
 @pytest.fixture(scope='session')
@@ -831,6 +1044,8 @@ def test_the_splits_share_no_document(workspace):
 @pytest.fixture(scope='session')
 def broken(workspace):
     """What the cases below refer to."""
+    os.makedirs('busy')
+    lock = train.lock('busy')       # another run, as long as the cases last
     train.main(TINY + ['--out_dir=run', '--max_iters=2'])
     train.main(TINY + REMOVE + ['--out_dir=free', '--max_iters=16'])
     GPT2.from_pretrained('run').save_pretrained('model')
@@ -892,6 +1107,7 @@ def broken(workspace):
                        'field': good.replace('ctx_b', 'ctxb'), 'tilde': json.dumps(question(ctx_a='a b', endings=('', '1', '2', 'the ~ longest'))), 'list': '[1]'}.items():
         Path(f'{name}.jsonl').write_text(f'{good}\n{line}\n')
     Path('none.jsonl').write_text('')
+    yield lock
 
 
 NEW = ['--out_dir=never']
@@ -914,7 +1130,7 @@ TRAIN_ERRORS = [
     (NEW + ['--dataset=novel', '--init_from=model', '--batch_tokens=384'], "written with the 'gpt2' tokenizer (50257 tokens), but the model has 257"),
     (TINY + NEW + ['--dataset=shortval'], "data/shortval/val.bin has 20 tokens, less than one window of block_size + 1 = 33"),
     (NEW + ['--dataset=tiny', '--init_from=model', '--block_size=64'], "block_size is 64; the model's context is 32 tokens: type --block_size=32 or less"),
-    (TINY + NEW + ['--batch_tokens=500'], "batch_tokens is 500; expected a multiple of batch_size * block_size * processes = 4 * 32 * 1 = 128: type --batch_tokens=512"),
+    (TINY + NEW + ['--batch_tokens=500'], "batch_tokens is 500; expected a multiple of batch_size * block_size = 4 * 32 = 128: type --batch_tokens=512"),
     (TINY + NEW + REMOVE + ['--max_iters=13'], "the schedule has merge bos at iteration 13, outside the run of max_iters=13"),
     (TINY + NEW + ['--max_iters=2000', '--remove_ln=True', '--start_ln2=10', '--gap_ln2=-20'], "at iteration -10, outside the run"),
     (['--dataset=tiny', '--batch_size=4', '--batch_tokens=128'] + NEW + REMOVE + ['--init_from=free', '--max_iters=20'],
@@ -944,6 +1160,7 @@ TRAIN_ERRORS = [
     (TINY + ['--out_dir=empty', '--init_from=resume'], "no checkpoint empty/ckpt.pt"),
     (TINY + ['--out_dir=run'], "run holds another run's checkpoint: resume that run with --init_from=resume, or choose another --out_dir"),
     (TINY + ['--out_dir=words.txt/x'], "out_dir words.txt/x cannot be written"),
+    (TINY + ['--out_dir=busy'], "another run is writing to busy at this moment"),
     (TINY + NEW + ['--control=empty'], "empty/log.jsonl is missing, damaged or holds no evaluation"),
     (TINY + REMOVE + ['--out_dir=shown', '--max_iters=16'], "shown/hf exists already, and this run would write it"),
     (['--eval_only=True', '--eval_iters=0', '--dataset=tilde', '--init_from=infinite'], "infinite gives a NaN or infinite logit: first at token 6 of window 1 of data/tilde/val.bin, 83 of"),

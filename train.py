@@ -13,15 +13,17 @@ never stopped. out_dir holds ckpt.pt, log.jsonl (one JSON object a line) and, af
 """
 import ast
 import difflib
+import fcntl
 import glob
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -90,13 +92,16 @@ class Config:
     device: str = 'auto'                # 'cuda' if there is one, else 'cpu'
     dtype: str = 'auto'                 # of the forward pass: 'bfloat16' on CUDA where it is native, else 'float32'
     compile: bool | None = None         # None: on CUDA
-    backend: str = 'auto'               # of torch.distributed: 'nccl' on CUDA, else 'gloo'
+    gradient_checkpointing: bool = False    # keep one activation a block and compute the rest again: less memory, a third slower
+    # a guard against divergence: a loss that stays guard_nats above its lowest level for guard_patience iterations ends the run
+    guard_nats: float = 2.0             # 0: off
+    guard_patience: int = 50
 
 
 KEYS = {f.name: f for f in fields(Config)}
 RANGES = [('eval_interval log_interval n_layer n_head n_embd block_size batch_size batch_tokens max_iters', 1, math.inf),
           ('eval_iters seed warmup_iters lr_decay_iters taper_iters', 0, math.inf),
-          ('learning_rate min_lr weight_decay grad_clip aux_loss_weight', 0, math.inf),
+          ('learning_rate min_lr weight_decay grad_clip aux_loss_weight guard_nats guard_patience', 0, math.inf),
           ('dropout beta1 beta2', 0, 1),
           ('start_ln2 start_ln1qk start_ln1v start_lnf start_eot start_bos', -1, math.inf)]
 
@@ -358,13 +363,11 @@ class Data:
         return k, share()
 
 
-def all_reduce(x):
-    """The sum over ranks of a CPU tensor."""
+def all_reduce(x, op=dist.ReduceOp.SUM):
+    """The sum (or other op) over ranks of a CPU tensor."""
     if WORLD > 1:
-        device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-        x = x.to(device)
-        dist.all_reduce(x)
-    return x.cpu()
+        dist.all_reduce(x, op)
+    return x
 
 
 @torch.no_grad()
@@ -409,7 +412,7 @@ def load_model(cfg, given, data):
                                vocab_size=data.meta.get('vocab_size', 50257))), None
     if cfg.init_from == 'resume':
         ckpt = load_checkpoint(cfg.out_dir)
-        if lacking := {'iter', 'config', 'optimizer', 'log_bytes'} - ckpt.keys():
+        if lacking := {'iter', 'config', 'optimizer', 'log_bytes', 'evaluated'} - ckpt.keys():
             raise BadInput(f"{cfg.out_dir}/ckpt.pt cannot be resumed: it lacks {', '.join(sorted(lacking))}")
         if (ckpt['model_args']['ln_mode'] == 'fake') != cfg.remove_ln:
             raise BadInput(f"{cfg.out_dir}/ckpt.pt is of a run with remove_ln={not cfg.remove_ln}: resume it with the same config")
@@ -453,7 +456,11 @@ def start_machine(cfg, device):
     if WORLD > 1:
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group(cfg.backend if cfg.backend != 'auto' else 'nccl' if cuda else 'gloo')
+        # under torchrun --max_restarts, workers that were started anew find the addresses of dead ones in the store, and hang
+        # (github.com/pytorch/pytorch/issues/135712): a prefix keeps the generations apart
+        store, rank, world = next(dist.rendezvous('env://'))
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', store=store, rank=rank, world_size=world)
     native_bf16 = cuda and torch.cuda.get_device_capability()[0] >= 8
     dtype = cfg.dtype if cfg.dtype != 'auto' else 'bfloat16' if native_bf16 else 'float32'
     autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
@@ -494,7 +501,8 @@ def evaluate(cfg, given):
           f"{cfg.block_size}, {dtype}\n\n{report.loss_table(losses, unit)}")
 
 
-def train(cfg, given):
+def train(cfg, given, held):
+    """A run, from the checks of its input to what it hands over. held: an ExitStack, which gets out_dir's lock."""
     master = RANK == 0
     device = find_device(cfg)
     cuda = device.startswith('cuda')
@@ -510,18 +518,17 @@ def train(cfg, given):
         report.evals(cfg.control)
     if cfg.remove_ln and not ckpt and os.path.exists(hf := os.path.join(cfg.out_dir, 'hf')):
         raise BadInput(f"{hf} exists already, and this run would write it: move it away, or choose another --out_dir")
-    B, T = cfg.batch_size, cfg.block_size
-    unit = B * T * WORLD
+    unit = cfg.batch_size * cfg.block_size
     if cfg.batch_tokens % unit:
-        raise BadInput(f"batch_tokens is {cfg.batch_tokens}; expected a multiple of batch_size * block_size * processes = {B} * {T} * "
-                       f"{WORLD} = {unit}: type --batch_tokens={max(round(cfg.batch_tokens / unit), 1) * unit}")
+        raise BadInput(f"batch_tokens is {cfg.batch_tokens}; expected a multiple of batch_size * block_size = {cfg.batch_size} * {cfg.block_size} = "
+                       f"{unit}: type --batch_tokens={max(round(cfg.batch_tokens / unit), 1) * unit}")
     raw.config.eot_token_id = data.meta.get('eot', raw.config.eot_token_id)
     start = ckpt['iter'] if ckpt else 0
     base = ckpt['config']['init_from'] if ckpt else cfg.init_from       # what the model was before this run, and its resumptions
     events = schedule(cfg, raw.config.n_layer) if cfg.remove_ln else []
     if cfg.remove_ln:
         check_schedule(events, cfg, {} if ckpt else {k: v.item() for k, v in raw.sites().items()})
-    log_path = os.path.join(cfg.out_dir, 'log.jsonl')
+    log_path, losses = os.path.join(cfg.out_dir, 'log.jsonl'), []
     if ckpt:
         check_resume(cfg, ckpt, raw.config.n_layer)
         if not os.path.exists(log_path) or os.path.getsize(log_path) < ckpt['log_bytes']:
@@ -540,11 +547,15 @@ def train(cfg, given):
     if master:
         try:
             os.makedirs(cfg.out_dir, exist_ok=True)
+            held.enter_context(lock(cfg.out_dir))
             with open(log_path, 'a' if ckpt else 'w') as f:
                 if ckpt:
                     f.truncate(ckpt['log_bytes'])       # what came after the checkpoint will happen again
         except OSError as e:
             raise BadInput(f"out_dir {cfg.out_dir} cannot be written: {e}")
+    if ckpt:
+        with open(log_path) as f:
+            losses = [(e['iter'], e['loss']) for e in map(json.loads, f.read(ckpt['log_bytes']).splitlines()) if e['event'] == 'train']
     if wandb:
         wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir, config=asdict(cfg))
 
@@ -562,9 +573,8 @@ def train(cfg, given):
     if WORLD > 1:   # gates and constants are set alike on all ranks, so there are no buffers to broadcast
         warnings.filterwarnings('ignore', message='.*broadcast_buffers')    # torch 2.11 has no other name for it
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[LOCAL_RANK] if cuda else None, broadcast_buffers=False)
-    matrices, vectors = ([p for p in raw.parameters() if (p.dim() >= 2) == two_d] for two_d in (True, False))
-    optimizer = torch.optim.AdamW([{'params': matrices, 'weight_decay': cfg.weight_decay}, {'params': vectors, 'weight_decay': 0.0}],
-                                  lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    optimizer = make_optimizer(cfg, raw)
+    evaluated = bool(ckpt) and ckpt['evaluated']
     if ckpt:
         optimizer.load_state_dict(ckpt['optimizer'])
         ckpt = None
@@ -582,6 +592,18 @@ def train(cfg, given):
             if wandb:
                 wandb.log({f'{entry["event"]}/{k}': v for k, v in entry.items() if k not in ('event', 'iter')}, step=entry['iter'])
 
+    def save(evaluated):
+        if master:
+            save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), iter=it, evaluated=evaluated,
+                            config=asdict(cfg) | {'init_from': base}, log_bytes=os.path.getsize(log_path))
+
+    def give_up(what):
+        last = max((e for e in events if e[0] < it), default=None, key=lambda e: e[0])
+        kept = os.path.join(cfg.out_dir, 'ckpt.pt')
+        raise BadInput(f"diverged: {what}; the last event of the removal was " + (f"{last[1]} {last[2]} at iteration {last[0]}" if last else "none yet")
+                       + (f"; {kept} of before is kept" if os.path.exists(kept) else "; no checkpoint was written yet")
+                       + ". Try a wider gap, --taper_iters=20, --aux_loss_weight=0.1 or a lower learning rate")
+
     def validate():
         raw.eval()
         with autocast:
@@ -590,21 +612,29 @@ def train(cfg, given):
         return np.nanmean(losses, dtype=np.float64).item()
 
     raw.train()
-    micro_steps = cfg.batch_tokens // unit
+    raw.gradient_checkpointing = cfg.gradient_checkpointing
+    n_micro = cfg.batch_tokens // unit
     it, t0 = start, time.time()
     logged_it, logged_t = it, t0
+    first_bad = torch.full((), -1, device=device)       # the iteration whose gradient was the first that is not finite
+    asked = ask_to_stop()
     while True:
         # 1. evaluate and save: the model as the last iteration left it
-        if (it % cfg.eval_interval == 0 or it == cfg.max_iters) and not (it == start > 0):
+        if (it % cfg.eval_interval == 0 or it == cfg.max_iters) and not evaluated:
             t = time.time()
             val_loss = validate()
+            if first_bad.item() >= 0 or not math.isfinite(val_loss):
+                give_up(f"a gradient that is not finite at iteration {first_bad.item()}" if first_bad.item() >= 0 else
+                        f"the validation loss before iteration {it} is {val_loss}")
             log(event='eval', iter=it, val_loss=val_loss, tokens=it * cfg.batch_tokens)
             if master:
                 print(f"iter {it:>6} | val loss {val_loss:.4f} nats per {data.unit}")
-                if it > 0:
-                    save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), iter=it, config=asdict(cfg) | {'init_from': base},
-                                    log_bytes=os.path.getsize(log_path))
+            if it == cfg.max_iters or it > 0 and not high_since(losses, cfg)[0]:
+                save(evaluated=True)
+            elif it > 0 and master:
+                print(f"iter {it:>6} | not saved: the loss is far above its level, and the last checkpoint is better")
             logged_t += time.time() - t
+        evaluated = False
         if it == cfg.max_iters:
             break
 
@@ -613,7 +643,7 @@ def train(cfg, given):
             def measured():
                 raw.eval()
                 with autocast:
-                    stds = measure(evaluator, raw.kinds, (data.batch(it, m * WORLD + RANK) for m in range(micro_steps)))
+                    stds = measure(evaluator, raw.kinds, (data.batch(it, micro) for micro in range(RANK, n_micro, WORLD)))
                 raw.train()
                 return stds
             t = time.time()
@@ -624,37 +654,25 @@ def train(cfg, given):
                     print(f"iter {it:>6} | remove {entry['site']:<12} std {s['token']:.3f}, position 0 {s['bos']:.3f}, end-of-text {s['eot']:.3f}")
                 elif master:
                     print(f"iter {it:>6} | merge the constants of {'position 0' if entry['kind'] == 'bos' else 'end-of-text'} into the ordinary ones")
+                same = torch.cat([b.detach().flatten().cpu().double() for b in raw.buffers()])
+                assert torch.equal(all_reduce(same.clone(), dist.ReduceOp.MAX), same), "the ranks' gates or constants differ"
             logged_t += time.time() - t
 
         # 3. a step. Nothing here waits for the device, except in an iteration that is logged
         lr = learning_rate(cfg, it)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-        loss_sum = 0.0
-        for m in range(micro_steps):
-            micro = m * WORLD + RANK
-            x, y = data.batch(it, micro)
-            if cfg.dropout:     # a stream for each micro-batch: resuming needs no generator's state
-                torch.manual_seed(((cfg.seed * 1_000_003 + it) * 1_000_003 + micro) % 2 ** 63)
-            if WORLD > 1:       # reduce the gradients once an iteration, in the last micro-step
-                model.require_backward_grad_sync = m == micro_steps - 1
-            with autocast:
-                if cfg.remove_ln and cfg.aux_loss_weight:
-                    _, ce, stds = model(x, y, return_stds=True)
-                    loss = ce + cfg.aux_loss_weight * spread(stds[-1], raw.kinds(x) == TOKEN)
-                else:
-                    _, ce = model(x, y)
-                    loss = ce
-            (loss / micro_steps).backward()
-            loss_sum = loss_sum + ce.detach() / micro_steps
-        if cfg.grad_clip:
-            torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss, norm = step(cfg, it, n_micro, model, raw, optimizer, lr, data.batch, autocast)
+        first_bad = torch.where((first_bad < 0) & ~norm.isfinite(), it, first_bad)
         it += 1
 
         if (it - 1) % cfg.log_interval == 0 or it == cfg.max_iters:
-            loss = (all_reduce(loss_sum.cpu().double()) / WORLD).item()
+            loss = all_reduce(loss.cpu().double()).item()
+            if first_bad.item() >= 0 or not math.isfinite(loss):
+                give_up(f"a gradient that is not finite at iteration {first_bad.item()}" if first_bad.item() >= 0 else
+                        f"the loss of iteration {it - 1} is {loss}")
+            losses.append((it - 1, loss))
+            since, level = high_since(losses, cfg)
+            if since is not None and it - since >= cfg.guard_patience:
+                give_up(f"since iteration {since} the loss, {loss:.4f} now, is more than guard_nats={cfg.guard_nats:g} above its lowest level, {level:.4f}")
             now = time.time()
             tok_per_s = (it - logged_it) * cfg.batch_tokens / max(now - logged_t, 1e-9)
             left = int((now - t0) / (it - start) * (cfg.max_iters - it))
@@ -668,8 +686,101 @@ def train(cfg, given):
                       + (f" | mfu {entry['mfu']:6.1%}" if peak else '')
                       + (f" | sites {n_gone(it):>3}/{n_sites}" if n_sites else '')
                       + f" | {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
+
+        if it < cfg.max_iters and (all_reduce(torch.tensor(len(asked))) if WORLD > 1 else asked):       # the ranks stop together
+            save(evaluated=False)
+            raise Stopped(it, asked[0] if asked else signal.SIGTERM)
     if master:
         finish(cfg, raw, data, base)
+
+
+def make_optimizer(cfg, model):
+    """AdamW; weight decay on matrices only."""
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == two_d] for two_d in (True, False))
+    return torch.optim.AdamW([{'params': matrices, 'weight_decay': cfg.weight_decay}, {'params': vectors, 'weight_decay': 0.0}],
+                             lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+def step(cfg, it, n_micro, model, raw, optimizer, lr, batch, autocast):
+    """One iteration -> (this rank's part of the mean loss, the norm of the whole gradient), 0-d tensors on the device.
+
+    model: raw, compiled or wrapped. batch(it, micro) gives x, y. Micro-batches are dealt to the ranks in turn; where
+    they do not come out even, some ranks compute one that does not count, rather than wait.
+    """
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    total = 0.0
+    for first in range(0, n_micro, WORLD):
+        micro = first + RANK
+        counts = 1 / n_micro if micro < n_micro else 0.0
+        x, y = batch(it, micro % n_micro)
+        if cfg.dropout:     # a stream for each micro-batch: resuming needs no generator's state
+            torch.manual_seed(((cfg.seed * 1_000_003 + it) * 1_000_003 + micro) % 2 ** 63)
+        if WORLD > 1:       # reduce the gradients once an iteration, in the last micro-step
+            model.require_backward_grad_sync = first + WORLD >= n_micro
+        with autocast:
+            if cfg.remove_ln and cfg.aux_loss_weight:
+                _, ce, stds = model(x, y, return_stds=True)
+                loss = ce + cfg.aux_loss_weight * spread(stds[-1], raw.kinds(x) == TOKEN)
+            else:
+                _, ce = model(x, y)
+                loss = ce
+        (loss * (counts * WORLD)).backward()        # DDP takes the mean over ranks; the sum is wanted
+        total = total + ce.detach() * counts
+    norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+# -----------------------------------------------------------------------------
+# What goes wrong in a night.
+
+def high_since(losses, cfg):
+    """losses [(iteration, loss)] -> (since when it has been guard_nats above its lowest level, or None; that level).
+
+    The level is the lowest mean of five consecutive logged losses.
+    """
+    if not losses or not cfg.guard_nats:
+        return None, None
+    values = np.array([loss for _, loss in losses])
+    k = min(5, len(values))
+    level = np.convolve(values, np.ones(k) / k, 'valid').min()
+    since = None
+    for it, loss in reversed(losses):
+        if loss <= level + cfg.guard_nats:
+            break
+        since = it
+    return since, level
+
+
+def lock(out_dir):
+    """Raises BadInput if another run writes there. The system lets go of the lock however this process ends."""
+    f = open(os.path.join(out_dir, '.lock'), 'w')
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"another run is writing to {out_dir} at this moment: choose another --out_dir, or wait for it")
+    return f
+
+
+class Stopped(Exception):
+    """(the iteration to go on with, the signal that asked for it)"""
+
+
+def ask_to_stop():
+    """From now on SIGTERM and Ctrl-C finish the step and save. Returns a list: the signals that came."""
+    asked, when = [], []
+
+    def handler(number, frame):
+        if number == signal.SIGINT and when and time.time() - when[0] > 1:     # torchrun passes the first one on as a second
+            raise KeyboardInterrupt
+        if not asked and RANK == 0:
+            print("\nfinishing this step, then saving (Ctrl-C again: stop at once)", file=sys.stderr)
+        asked.append(number)
+        when.append(time.time())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    return asked
 
 # -----------------------------------------------------------------------------
 # The end of a run.
@@ -722,17 +833,33 @@ def main(argv=None):
     if '--help' in argv or '-h' in argv:
         print(__doc__ + '\n' + '\n'.join(f"    --{f.name}={f.default!r}" for f in KEYS.values()))
         return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         cfg, given = load_config(argv)
-        (evaluate if cfg.eval_only else train)(cfg, given)
+        if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
+            cfg.init_from = 'resume'    # torchrun started us anew, because a worker died
+        if cfg.eval_only:
+            evaluate(cfg, given)
+        else:
+            with ExitStack() as held:
+                train(cfg, given, held)
     except BadInput as e:
         if LOCAL_RANK == 0 or dist.is_initialized():    # what all find wrong at the start is told once
             print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)
+    except OSError as e:
+        print(f"train.py: {e.strerror or e}{f': {e.filename}' if e.filename else ''}; --init_from=resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as e:
+        if RANK == 0:
+            print(f"train.py: stopped and saved before iteration {e.args[0]}; go on with the same command and --init_from=resume", file=sys.stderr)
+        sys.exit(128 + e.args[1])
     except KeyboardInterrupt:
         print("train.py: interrupted; --init_from=resume goes on from the last checkpoint in out_dir", file=sys.stderr)
         sys.exit(130)
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
