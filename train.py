@@ -18,11 +18,13 @@ import glob
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 import warnings
+import weakref
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields
 
@@ -30,6 +32,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import report
 from model import BOS, EOT, KINDS, TOKEN, BadInput, GPT2, GPT2Config, export, load_checkpoint, save_checkpoint
@@ -49,6 +54,8 @@ class Config:
     eval_interval: int = 100            # iterations; a checkpoint is written after each evaluation
     eval_iters: int = 400               # windows of block_size tokens, evenly spaced over val.bin; 0: all of it
     eval_only: bool = False             # evaluate once, write nothing
+    bench: bool = False                 # time max_iters steps on synthetic tokens (with eval_only: forward passes), write nothing
+    versus: str = ''                    # a second setting to time in turns with the first: 'ln_mode=real compile=False'
     log_interval: int = 10
     wandb_log: bool = False
     wandb_project: str = 'remove-ln'
@@ -91,7 +98,7 @@ class Config:
     # machine
     device: str = 'auto'                # 'cuda' if there is one, else 'cpu'
     dtype: str = 'auto'                 # of the forward pass: 'bfloat16' on CUDA where it is native, else 'float32'
-    compile: bool | None = None         # None: on CUDA
+    compile: bool | str | None = None   # 'blocks': each block by itself, which is sooner compiled; None: on CUDA
     gradient_checkpointing: bool = False    # keep one activation a block and compute the rest again: less memory, a third slower
     # a guard against divergence: a loss that stays guard_nats above its lowest level for guard_patience iterations ends the run
     guard_nats: float = 2.0             # 0: off
@@ -161,9 +168,10 @@ def load_config(argv):
         for name in names.split():
             if not low <= getattr(cfg, name) < high:
                 raise BadInput(f"{name} is {getattr(cfg, name)}; expected at least {low}" + f" and less than {high}" * (high < math.inf))
-    for name, good in (('dtype', ('auto', 'float32', 'bfloat16')), ('ln_mode', ('real', 'none'))):
+    for name, good in (('dtype', ('auto', 'float32', 'bfloat16')), ('compile', (True, False, None, 'blocks')),
+                       ('ln_mode', ('real', 'none', 'fake') if cfg.bench else ('real', 'none'))):
         if getattr(cfg, name) not in good:
-            raise BadInput(f"{name} is {getattr(cfg, name)!r}; expected one of {', '.join(good)}"
+            raise BadInput(f"{name} is {getattr(cfg, name)!r}; expected one of {', '.join(map(str, good))}"
                            + (" ('fake' comes with --remove_ln=True)" if cfg.ln_mode == 'fake' else ''))
     return cfg, set(values)
 
@@ -486,7 +494,7 @@ def evaluate(cfg, given):
         model.eval().to(device)
         model.config.eot_token_id = data.meta.get('eot', model.config.eot_token_id)
         with autocast:
-            losses[name] = token_losses(torch.compile(model, fullgraph=True) if compiled else model, data)
+            losses[name] = token_losses(compile_model(model, compiled), data)
         model.cpu()
     if RANK > 0:
         return
@@ -566,10 +574,9 @@ def train(cfg, given, held):
 
     # Two graphs for the whole run: one to train; one to evaluate, which also measures the constants. (Under DDP, torch
     # cuts the first where its gradient buckets end.)
-    model = raw
-    evaluator = lambda x: raw(x, return_stds=cfg.remove_ln)
-    if compiled:
-        model, evaluator = torch.compile(raw, fullgraph=True), torch.compile(evaluator, fullgraph=True)
+    model, evaluator = compile_model(raw, compiled), lambda x: raw(x, return_stds=cfg.remove_ln)
+    if compiled is True:
+        evaluator = torch.compile(evaluator, fullgraph=True)
     if WORLD > 1:   # gates and constants are set alike on all ranks, so there are no buffers to broadcast
         warnings.filterwarnings('ignore', message='.*broadcast_buffers')    # torch 2.11 has no other name for it
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[LOCAL_RANK] if cuda else None, broadcast_buffers=False)
@@ -694,6 +701,14 @@ def train(cfg, given, held):
         finish(cfg, raw, data, base)
 
 
+def compile_model(model, how):
+    """The model as a whole or block by block (how: True or 'blocks'); a graph break is an error either way."""
+    if how == 'blocks':
+        for block in model.h:
+            block.compile(fullgraph=True)
+    return torch.compile(model, fullgraph=True) if how is True else model
+
+
 def make_optimizer(cfg, model):
     """AdamW; weight decay on matrices only."""
     matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == two_d] for two_d in (True, False))
@@ -731,6 +746,117 @@ def step(cfg, it, n_micro, model, raw, optimizer, lr, batch, autocast):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total, norm
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive under it, and their `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in self.seen:
+                self.seen.add(key)
+                self.now += t.untyped_storage().nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(t.untyped_storage(), self.gone, key, t.untyped_storage().nbytes())
+        return out
+
+    def gone(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+def peak_memory(cfg):
+    """The bytes that two uncompiled steps in bfloat16 need at most, computed with fake tensors: nothing is executed."""
+    with FakeTensorMode(), LiveBytes() as live:
+        raw = GPT2(GPT2Config(block_size=cfg.block_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, ln_mode=cfg.ln_mode))
+        raw.gradient_checkpointing = cfg.gradient_checkpointing
+        optimizer, x = make_optimizer(cfg, raw), torch.zeros(cfg.batch_size, cfg.block_size, dtype=torch.int64)
+        for _ in range(2):      # the optimizer's moments come with the first
+            step(cfg, 0, 1, raw, raw, optimizer, cfg.learning_rate, lambda it, micro: (x, x), torch.autocast('cpu', torch.bfloat16))
+        return live.peak
+
+
+def bench(settings):
+    """settings: [(label, cfg)]. Times their steps in turns, because machines are noisy, and prints what they took."""
+    if WORLD > 1:
+        raise BadInput("config/bench.py times one process; without torchrun: python train.py config/bench.py")
+    if settings[0][1].device == 'fake':
+        for label, cfg in settings:
+            print(f"{label}: peak memory {peak_memory(cfg) / 2 ** 30:.1f} GiB (computed: bfloat16, batch_size {cfg.batch_size}, not compiled)")
+        return
+    from torch._dynamo.utils import counters
+
+    def memory(device, peak):       # bytes: of the GPU, or of this process where /proc tells (0 elsewhere)
+        if device.startswith('cuda'):
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        try:
+            with open('/proc/self/status') as f:
+                return int(re.search(r'VmHWM:\s*(\d+)' if peak else r'VmRSS:\s*(\d+)', f.read())[1]) * 1024
+        except OSError:
+            return 0
+
+    def forget_peak(device):
+        if device.startswith('cuda'):
+            torch.cuda.reset_peak_memory_stats()
+        elif os.path.exists('/proc/self/clear_refs'):
+            with open('/proc/self/clear_refs', 'w') as f:
+                f.write('5')
+
+    runs = []
+    for label, cfg in settings:
+        device = find_device(cfg)
+        autocast, dtype, how = start_machine(cfg, device)
+        unit = cfg.batch_size * cfg.block_size
+        if cfg.batch_tokens % unit:
+            raise BadInput(f"batch_tokens is {cfg.batch_tokens}; expected a multiple of batch_size * block_size = {unit}: type --batch_tokens={unit}")
+        forget_peak(device)
+        before, graphs = memory(device, peak=False), counters['stats']['unique_graphs']
+        torch.manual_seed(cfg.seed)
+        raw = GPT2(GPT2Config(block_size=cfg.block_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=cfg.dropout,
+                              ln_mode=cfg.ln_mode)).to(device)
+        raw.gradient_checkpointing = cfg.gradient_checkpointing
+        for gate in raw.sites().values() if cfg.ln_mode == 'fake' else []:
+            gate.fill_(0.5)
+        model, optimizer = compile_model(raw.train(not cfg.eval_only), how), make_optimizer(cfg, raw)
+        x, y = (torch.randint(raw.config.vocab_size, (cfg.batch_size, cfg.block_size), device=device) for _ in range(2))
+
+        def one(cfg=cfg, model=model, raw=raw, optimizer=optimizer, x=x, y=y, autocast=autocast, unit=unit):
+            if cfg.eval_only:
+                with torch.no_grad(), autocast:
+                    for _ in range(cfg.batch_tokens // unit):
+                        result = model(x)[0]
+            else:
+                result = step(cfg, 0, cfg.batch_tokens // unit, model, raw, optimizer, cfg.learning_rate, lambda it, micro: (x, y), autocast)[0]
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            return result
+        t0 = time.perf_counter()
+        one()
+        compiling = time.perf_counter() - t0
+        one()
+        runs.append(dict(label=label, cfg=cfg, one=one, seconds=[], first=compiling, peak=memory(device, peak=True) - before,
+                         graphs=counters['stats']['unique_graphs'] - graphs, flops=raw.flops_per_token() / (3 if cfg.eval_only else 1),
+                         what=f"{raw.num_params():,} parameters, {device}, {dtype}"))
+    for i in range(settings[0][1].max_iters):
+        for r in runs if i % 2 else runs[::-1]:
+            t0 = time.perf_counter()
+            r['one']()
+            r['seconds'].append(time.perf_counter() - t0)
+    peak = peak_flops() if torch.cuda.is_available() else None
+    for r in runs:
+        t, tokens = np.array(r['seconds']), r['cfg'].batch_tokens
+        print(f"{r['label']}: {r['what']}\n    {tokens / np.median(t):>12,.0f} tokens/s; a step of {tokens:,} tokens: median {np.median(t) * 1e3:.1f} ms, "
+              f"middle half {np.quantile(t, 0.25) * 1e3:.1f} to {np.quantile(t, 0.75) * 1e3:.1f} ({len(t)} steps)"
+              + (f"; MFU {tokens / np.median(t) * r['flops'] / peak:.1%}" if peak else '')
+              + f"\n    peak memory {r['peak'] / 2 ** 30:.2f} GiB; {r['graphs']} graphs; the first step took {r['first']:.1f} s")
+    if len(runs) == 2:
+        ratio = np.array(runs[0]['seconds']) / np.array(runs[1]['seconds'])
+        print(f"time of the first over the second, step by step: median {np.median(ratio):.3f}, middle half {np.quantile(ratio, 0.25):.3f} to {np.quantile(ratio, 0.75):.3f}")
 
 # -----------------------------------------------------------------------------
 # What goes wrong in a night.
@@ -838,7 +964,12 @@ def main(argv=None):
         cfg, given = load_config(argv)
         if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
             cfg.init_from = 'resume'    # torchrun started us anew, because a worker died
-        if cfg.eval_only:
+        if cfg.bench:
+            settings = [('this setting', cfg)]
+            if cfg.versus:
+                settings.append((cfg.versus, load_config(argv + ['--' + kv for kv in cfg.versus.split()])[0]))
+            bench(settings)
+        elif cfg.eval_only:
             evaluate(cfg, given)
         else:
             with ExitStack() as held:
