@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model import BadInput, GPT2
+from model import BadInput, GPT2, first_bad_token
 from prepare import Bytes, GPT2BPE
 
 URL = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
@@ -98,7 +98,7 @@ def score(model, rows, device, batch_tokens):
         if not batches or len(rows[batches[-1][0]][0]) * (len(batches[-1]) + 1) > batch_tokens:
             batches.append([])
         batches[-1].append(i)
-    total = torch.zeros(len(rows), dtype=torch.float64)
+    total = torch.zeros(len(rows), dtype=torch.float64)     # NaN: a logit was not finite
     for batch in tqdm(batches[RANK::WORLD], unit=' batches', disable=None if RANK == 0 else True):
         width = len(rows[batch[0]][0]) - 1
         x, y = (torch.zeros(len(batch), width, dtype=torch.int64) for _ in range(2))
@@ -110,16 +110,17 @@ def score(model, rows, device, batch_tokens):
             y[r, len(ids) - 1 - n:len(ids) - 1] = ids[-n:]
         where, at = (y >= 0).nonzero(as_tuple=True)
         z = model(x.to(device))[0][where.to(device), at.to(device)].float()     # (scored tokens, vocab)
-        bad = ~z.sum(-1).isfinite().cpu()       # one number a token: any NaN or infinity shows in the sum
-        if bad.any():
-            r, t = where[bad][0].item(), at[bad][0].item()
-            i = batch[r]
-            raise BadInput(f"the model gives a NaN or infinite logit: question {i // 8 + 1}, {STYLES[i // 4 % 2]} style, ending {i % 4}, "
-                           f"at token {t} (id {x[r, t]}); no accuracy is computed from such a model")
-        loss = F.cross_entropy(z, y[where, at].to(device), reduction='none').cpu().double()
+        loss = F.cross_entropy(z, y[where, at].to(device), reduction='none')
+        loss = loss.masked_fill(~z.sum(-1).isfinite(), torch.nan).cpu().double()    # one number a token: any NaN or infinity shows in the sum
         total[batch] = -torch.zeros(len(batch), dtype=torch.float64).index_add(0, where, loss)
     if WORLD > 1:
         dist.all_reduce(total)
+    if total.isnan().any():
+        i = total.isnan().nonzero()[0].item()
+        ids = torch.from_numpy(rows[i][0][:-1].astype(np.int64)).to(device)
+        t = first_bad_token(model, ids)
+        raise BadInput(f"the model gives a NaN or infinite logit: question {i // 8 + 1}, {STYLES[i // 4 % 2]} style, ending {i % 4}"
+                       + (f", first at token {t} (id {ids[t]})" if t is not None else '') + "; no accuracy is computed from such a model")
     return total
 
 
@@ -153,6 +154,8 @@ def read(path, limit=None):
             for n, line in enumerate(f, 1):
                 if limit and len(questions) == limit:
                     break
+                if not line.strip():
+                    continue
                 try:
                     q = json.loads(line)
                     for field in ('activity_label', 'ctx', 'ctx_a', 'ctx_b'):
@@ -183,9 +186,9 @@ def read(path, limit=None):
 def download(url, path, attempts=5):
     """Fetches the official validation file to `path`, which stands there only when complete and well-formed."""
     from tqdm import tqdm
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     tmp = path + '.partial'
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         for attempt in range(attempts):
             try:
                 with requests.get(url, stream=True, timeout=(10, 30)) as r, open(tmp, 'wb') as f:
@@ -201,9 +204,12 @@ def download(url, path, attempts=5):
                 return
             except (requests.RequestException, BadInput) as e:
                 reason = str(e).splitlines()[0]
+                if isinstance(e, requests.HTTPError) and e.response.status_code < 500:
+                    break       # not there, or not for us: asking again does not help
                 if attempt + 1 < attempts:
-                    print(f"download failed ({type(e).__name__}), again in {2 ** attempt} s", file=sys.stderr)
                     time.sleep(2 ** attempt)
+    except OSError as e:
+        reason = str(e)
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
@@ -227,10 +233,11 @@ def evaluate(argv):
         raise BadInput(f"--limit={limit}: expected a whole number of at least 1")
     if device not in ('cpu', 'cuda') or device == 'cuda' and not torch.cuda.is_available():
         raise BadInput(f"--device={device} cannot be used here: type --device=cpu")
-    if out and (not os.path.isdir(os.path.dirname(out) or '.') or os.path.isdir(out)):
-        raise BadInput(f"--json={out} cannot be written: expected a file name in a folder that is there")
-    if WORLD > 1:
-        dist.init_process_group('gloo')     # one vector of results at the end
+    if out and RANK == 0:
+        try:
+            open(out, 'a').close()      # before an hour of computing, not after
+        except OSError as e:
+            raise BadInput(f"--json={out} cannot be written: {e.strerror}")
     if device == 'cuda':
         device = f'cuda:{LOCAL_RANK}'
         torch.set_float32_matmul_precision('highest')
@@ -243,12 +250,13 @@ def evaluate(argv):
         tokenizer = GPT2BPE()
     else:
         raise BadInput(f"{names[0]} has a vocabulary of {vocab} tokens; expected GPT-2's ({GPT2BPE.vocab_size}) or bytes ({Bytes.vocab_size})")
-    if options['data'] is None and not os.path.exists(FILE):
-        if RANK == 0:
-            download(URL, FILE)
-        if WORLD > 1:
-            dist.barrier()
+    if options['data'] is None and RANK == 0 and not os.path.exists(FILE):
+        download(URL, FILE)
+    if options['data'] is None and WORLD > 1:
+        dist.init_process_group('gloo')     # so that all wait for the file
     questions = read(options['data'] or FILE, limit and int(limit))
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group('gloo')
     t0 = time.time()
     all_rows = rows(questions, tokenizer.encode, model.config.block_size)
     # at most so many tokens a batch: their logits are 0.8 GB on the CPU, 3.3 GB on a GPU
@@ -281,7 +289,7 @@ def main(argv=None):
     try:
         evaluate(argv)
     except BadInput as e:
-        if RANK == 0 or dist.is_initialized():
+        if RANK == 0:       # all ranks find the same
             print(f"eval_hellaswag.py: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -5,7 +5,8 @@ transformer around it, then folding, loading and saving.
     model = GPT2.from_pretrained('gpt2', ln_mode='fake')   # a hub id, a Hugging Face folder, or a run's out_dir
     logits, loss = model(idx, targets)                     # idx, targets: (B, T) int64
 
-    python model.py MODEL FOLDER [--folded]     # writes it as a Hugging Face folder, its LayerNorm folded away if asked
+    python model.py MODEL FOLDER [--folded]     # writes it as a new Hugging Face folder, its LayerNorm folded away if asked
+                                                # (a folder without LayerNorm is folded as it is loaded, asked or not)
 
 `ln_mode` says what stands where GPT-2 has a LayerNorm:
     'real'   LayerNorm, numerically GPT-2's
@@ -455,24 +456,41 @@ TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_ma
 
 
 def export(model, folder, files={}):
-    """save_pretrained into a new folder, with `files` {name: text} beside: all of it, or nothing.
+    """save_pretrained into a new folder, with `files` {name: bytes} beside: all of it, or nothing.
 
     Raises BadInput if the folder is there already: somebody may have uploaded or edited it.
     """
+    from safetensors import SafetensorError
     if os.path.exists(folder):
         raise BadInput(f"{folder} exists already: choose another name, or move it away first")
-    tmp = folder.rstrip('/') + '.partial'
-    shutil.rmtree(tmp, ignore_errors=True)
+    tmp = f"{folder.rstrip('/')}.{os.getpid()}.partial"
     try:
+        os.makedirs(tmp)
         model.save_pretrained(tmp)
-        for name, text in files.items():
-            with open(os.path.join(tmp, name), 'w', encoding='utf-8') as f:
-                f.write(text)
+        for name, content in files.items():
+            with open(os.path.join(tmp, name), 'wb') as f:
+                f.write(content)
         os.rename(tmp, folder)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         raise BadInput(f"{folder} cannot be written: {e}")
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+@torch.no_grad()
+def first_bad_token(model, ids):
+    """The index of the first token of ids (T,) with which a logit is NaN or infinite; None if all are finite.
+
+    Attention multiplies what is to come by zero, and zero times NaN is NaN: one bad token shows at every position
+    before it too. So prefixes are tried, by bisection.
+    """
+    bad = lambda n: not model(ids[None, :n])[0].float().isfinite().all()
+    if not bad(len(ids)):
+        return None
+    low, high = 0, len(ids)     # a prefix of low tokens is good, one of high is bad
+    while high - low > 1:
+        low, high = (low, (low + high) // 2) if bad((low + high) // 2) else ((low + high) // 2, high)
+    return low
 
 
 CHECKPOINT, PREVIOUS = 'ckpt.pt', 'ckpt.prev.pt'
@@ -596,16 +614,20 @@ def main(argv=None):
         source, folder = names
         source = source if os.path.isdir(source) else _from_hub(source)
         model = GPT2.from_pretrained(source, 'none' if '--folded' in argv else None)
-        # the tokenizer's files, where the source has them; a run's lie in its hf/
-        beside = [os.path.join(d, f) for d in (source, os.path.join(source, 'hf')) for f in TOKENIZER_FILES]
+        # the tokenizer's files, where the source has them; a run's lie in its hf/, and its model card too
+        hf = os.path.join(source, 'hf')
+        beside = [os.path.join(d, f) for d in (source, hf) for f in TOKENIZER_FILES] + [os.path.join(hf, 'README.md')]
         files = {}
         for path in filter(os.path.isfile, beside):
-            with open(path, encoding='utf-8') as f:
+            with open(path, 'rb') as f:
                 files.setdefault(os.path.basename(path), f.read())
         export(model, folder, files)
         free = model.config.ln_mode == 'none' or model.config.ln_mode == 'fake' and all(model.sites().values())
         print(f"{folder}: {model.num_params():,} parameters, {'no LayerNorm left' if free else 'with LayerNorm'}"
               f"{', folded' if model.config.ln_mode == 'none' else ''}; also written: {', '.join(files) or 'no tokenizer, for none was found'}")
+    except OSError as e:
+        print(f"model.py: {e}", file=sys.stderr)
+        sys.exit(2)
     except BadInput as e:
         print(f"model.py: {e}", file=sys.stderr)
         sys.exit(2)

@@ -200,8 +200,10 @@ def windows_or_documents(rows):
     """
     rows = iter(rows)
     head = list(itertools.islice(rows, 100))
-    lengths = {len(r) if isinstance(r, list) else 0 for r in head}
-    cut = len(head) > 1 and len(lengths) == 1 and min(lengths) >= 128
+    lengths = [len(r) if isinstance(r, list) else 0 for r in head]
+    if 2 < len(lengths) < 100:
+        lengths = lengths[:-1] + [max(lengths[-1], lengths[0])]     # the very last may be shorter
+    cut = len(head) > 1 and len(set(lengths)) == 1 and lengths[0] >= 128
     for r in itertools.chain(head, rows):
         if isinstance(r, str):
             yield from pieces(r[i:i + PIECE] for i in range(0, len(r), PIECE))
@@ -240,8 +242,8 @@ def hub_dataset(name, only=None):
         reason = f"({type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]})"
         if n:
             raise BadInput(f"lost {name} after {n:,} rows {reason}: nothing was written; type the same command again")
-        raise BadInput(f"{name} is no file or folder here, no preset ({', '.join(PRESETS)}), and cannot be had from the "
-                       f"Hugging Face hub {reason}")
+        other = '' if name in dict(PRESETS.values()) else f"is no file or folder here, no preset ({', '.join(PRESETS)}), and "
+        raise BadInput(f"{name} {other}cannot be had from the Hugging Face hub {reason}")
 
 
 def stdlib_files():
@@ -323,7 +325,8 @@ def prepare(sources, name, tokenizer, max_tokens, val_fraction):
     undecodable, t0 = 0, time.time()
     final, tmp = os.path.join('data', name), os.path.join('data', f'.{name}.partial')
     rng, empty, n = random.Random(2357), 0, 0
-    drawn = nanogpt_val() if (sources, val_fraction) == (['openwebtext'], PRESETS['openwebtext'][1]) else None
+    streamed = sources == ['openwebtext'] and not os.path.exists('openwebtext')
+    drawn = nanogpt_val() if streamed and val_fraction == PRESETS['openwebtext'][1] else None
     windows = [0, 0]    # the lengths of the first window and of the last; 0 if they do not all fit together
     counts = {split: {'documents': 0, 'tokens': 0} for split in ('train', 'val')}
     try:
@@ -339,12 +342,14 @@ def prepare(sources, name, tokenizer, max_tokens, val_fraction):
                 written = sum(c['tokens'] for c in counts.values())
                 if follows == WINDOW_ENDS:
                     if max_tokens and written + len(ids) > max_tokens:
+                        if n == 0:
+                            raise BadInput(f"--max_tokens={max_tokens} is smaller than the first window, of {len(ids)} tokens")
                         break
                     windows = [len(ids)] * 2 if n == 0 else [windows[0] if windows[0] == windows[1] else 0, len(ids)]
                 else:
                     windows = [0, 0]
                     if max_tokens and written + len(ids) + 1 >= max_tokens:
-                        ids, follows = ids[:max_tokens - written - 1], ENDS
+                        ids, follows, length = ids[:max_tokens - written - 1], ENDS, length + 1     # cut, not empty
                 length += len(ids)
                 if follows == ENDS:
                     empty += length == 0
@@ -357,12 +362,15 @@ def prepare(sources, name, tokenizer, max_tokens, val_fraction):
                     split, n = None, n + 1
                 if max_tokens and written + len(ids) >= max_tokens:
                     break
+        windows = [windows[0] if windows[0] >= windows[1] else 0]
         total = counts['train']['tokens'] + counts['val']['tokens']
         if total == n:
             raise BadInput(f"nothing to read in {' '.join(sources)}: {'only empty documents' if total else 'no documents'}")
         if counts['val']['tokens'] == 0 and val_fraction > 0:
             # too few documents to draw from, such as a single book: its end is the validation split
             tail = max(int(total * val_fraction), min(WINDOW[tokenizer.name] + 1, total // 2))
+            if windows[0]:      # whole windows
+                tail = total - (total - tail) // windows[0] * windows[0]
             files['train'].seek(-2 * tail, os.SEEK_END)
             files['val'].write(files['train'].read())
             files['train'].truncate(2 * (counts['train']['tokens'] - tail))
@@ -372,7 +380,7 @@ def prepare(sources, name, tokenizer, max_tokens, val_fraction):
             f.close()
         with open(os.path.join(tmp, 'meta.json'), 'w') as f:
             json.dump({'tokenizer': tokenizer.name, 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot,
-                       'source': sources, **counts, **({'window': windows[0]} if windows[0] else {})}, f, indent=2)
+                       'source': [os.path.basename(s.rstrip('/')) if os.path.exists(s) else s for s in sources], **counts, **({'window': windows[0]} if windows[0] else {})}, f, indent=2)
         os.makedirs(final, exist_ok=True)
         for file in ('train.bin', 'val.bin', 'meta.json'):
             os.replace(os.path.join(tmp, file), os.path.join(final, file))

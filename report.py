@@ -50,6 +50,10 @@ def mean_and_error(losses):
     return mean, error
 
 
+def number(x):
+    return f"{x:.4f}" if np.isfinite(x) else '-'
+
+
 def loss_table(named, unit):
     """named: {model: losses (windows, T)}, one or two of them -> a table of each, and of the first minus the second."""
     lines = [f"{'nats per ' + unit:<30}{unit + 's':>12}{'mean':>10}{'std. error':>12}{'median':>10}{'99.9%':>10}{'max':>10}"]
@@ -62,7 +66,7 @@ def loss_table(named, unit):
             values = part[~np.isnan(part)]
             if values.size:
                 mean, error = mean_and_error(part)
-                lines.append(f"  {label:<28}{values.size:>12,}{mean:>10.4f}{error:>12.4f}" + ''.join(
+                lines.append(f"  {label:<28}{values.size:>12,}{mean:>10.4f}{number(error):>12}" + ''.join(
                     f"{v:>10.4f}" for v in (*np.quantile(values, (0.5, 0.999)), values.max())))
     return '\n'.join(lines)
 
@@ -88,18 +92,23 @@ def result_table(out_dir, control, n_sites, unit):
     return '\n'.join(lines) + "\n(no control: run the same config with --remove_ln=False and another out_dir, and name that with --control)" * (not control)
 
 
-def model_card(cfg, base, model, meta, unit):
-    """README.md of the folder that is handed over: this run's facts. base: what the run began from."""
+def model_card(cfg, base, model, meta, unit, tokenizer):
+    """README.md of the folder that is handed over: this run's facts.
+
+    base: what the run began from: 'scratch', a hub id, or './NAME' for what is not on the hub. tokenizer: whether its
+    files are there.
+    """
     groups = {}
     for e in read_log(cfg.out_dir):
         if e['event'] == 'remove':
             groups.setdefault(e['site'].split('.', 2)[-1], []).append(e['iter'])
         elif e['event'] == 'merge':
             groups['constants of ' + {'eot': 'end-of-text', 'bos': 'position 0'}[e['kind']] + ' merged'] = [e['iter']]
-    schedule = '; '.join(f"{g} at iteration{f's {i[0]} to {i[-1]}' if len(i) > 1 else f' {i[0]}'}" for g, i in groups.items())
+    schedule = '; '.join(f"{g} at iteration{f's {i[0]} to {i[-1]}' if i[0] != i[-1] else f' {i[0]}'}" for g, i in groups.items())
     source = ' '.join(meta.get('source', [])) or cfg.dataset
-    published = not os.path.exists(base) and base != 'scratch'      # a hub id, which the hub links; a path is nobody's business
-    base = base if published else os.path.basename(base.rstrip('/'))
+    published = base != 'scratch' and not base.startswith('./')     # the hub links it; a path is nobody's business
+    base = base.removeprefix('./')
+    auto = '\ntokenizer = AutoTokenizer.from_pretrained(folder)' * tokenizer
     rows = '\n'.join(f"| {name} | {loss:.4f} |" for name, loss, _ in result_rows(cfg.out_dir, cfg.control))
     return f"""---
 library_name: transformers
@@ -123,9 +132,8 @@ linear maps only, so the logits are an exact sum of what the embeddings, heads, 
 * **Removal:** {schedule}{f'; each over {cfg.taper_iters} iterations' if cfg.taper_iters > 1 else ''}{f'; auxiliary loss {cfg.aux_loss_weight:g}' if cfg.aux_loss_weight else ''}
 
 ```python
-from transformers import AutoTokenizer, GPT2LMHeadModel
-model = GPT2LMHeadModel.from_pretrained(folder)     # this folder, or its name on the hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
+from transformers import {'AutoTokenizer, ' * tokenizer}GPT2LMHeadModel
+model = GPT2LMHeadModel.from_pretrained(folder)     # this folder, or its name on the hub{auto}
 ```
 
 transformers has no switch for "no LayerNorm": the modules are still there, but with `layer_norm_epsilon` 1e12 each divides by 1e6,
@@ -147,6 +155,8 @@ def plot(path, runs):
         val = [(e['iter'], e['val_loss']) for e in log if e['event'] == 'eval']
         removes = [e for e in log if e['event'] == 'remove']
         label = 'LayerNorm removed' if removes else 'LayerNorm kept'
+        if not train:
+            raise BadInput(f"{run}/log.jsonl holds no training step: nothing to draw")
         width = max(len(train) // 6, 1)    # a moving average: one batch's loss says more of the batch than of the model
         smooth = [np.convolve(z, np.ones(width) / width, 'valid') for z in zip(*train)]
         line, = ax.plot(*smooth, lw=1, alpha=0.6, label=f'{label}: training, mean of {width} logged iterations')
@@ -165,11 +175,22 @@ def plot(path, runs):
     plt.close(fig)
 
 
-if __name__ == '__main__':
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if '--help' in argv or '-h' in argv or not argv:
+        print(__doc__)
+        return
     try:
-        plot(sys.argv[1], sys.argv[2:])
-    except BadInput as e:
+        if len(argv) < 2:
+            raise BadInput(f"expected out.png RUN [RUN ...], got {argv[0]}")
+        plot(argv[0], argv[1:])
+    except (BadInput, OSError, ValueError, KeyError) as e:      # a folder that is not there, a picture of an unknown kind
         print(f"report.py: {e}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError:
+        print("report.py: matplotlib is not installed: pip install matplotlib", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()

@@ -5,6 +5,7 @@ The project's claims, one test each. Everything runs offline on two CPU cores, i
 """
 import contextlib
 import http.server
+import importlib.metadata
 import io
 import json
 import os
@@ -87,7 +88,10 @@ def run(*args, nproc=1, **kwargs):
 
 
 def finished(process):
-    output = process.communicate(timeout=300)[0]
+    try:
+        output = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
     assert process.returncode == 0, output
     return output
 
@@ -421,6 +425,26 @@ def test_one_training_graph_and_one_evaluation_graph_over_a_whole_removal(worksp
     assert [e['event'] for e in log_of('compiled')].count('remove') == 4
 
 
+@pytest.mark.parametrize('how', ['False', 'True', '"blocks"'])
+def test_gradient_checkpointing_changes_no_loss(how, workspace):
+    args = TINY + REMOVE + ['--max_iters=16', '--dropout=0.1', '--aux_loss_weight=0.1', f'--compile={how}', '--n_layer=1', '--log_interval=5']
+    for on in (False, True):
+        train.main(args + [f'--out_dir=gc{on}{how.strip(chr(34))}', f'--gradient_checkpointing={on}'])
+    assert_close(*(steps_of(f'gc{on}{how.strip(chr(34))}') for on in (False, True)))
+
+
+def test_bench_times_two_settings_in_turns_and_computes_memory(workspace, capsys):
+    tiny = [str(REPO / 'config/bench.py'), '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_tokens=16', '--max_iters=3', '--device=cpu']
+    train.main(tiny + ['--compile=False', '--versus=ln_mode=real batch_tokens=32'])
+    out = capsys.readouterr().out
+    assert re.search(r'this setting: [\d,]+ parameters, cpu, float32\n +[\d,]+ tokens/s; a step of 16 tokens: median .*\(3 steps\)\n    peak memory .* 0 graphs', out)
+    assert 'ln_mode=real batch_tokens=32: ' in out and re.search(r'step by step: median \d\.\d+', out)
+    gib = lambda **keys: train.peak_memory(train.Config(**keys)) / 2 ** 30
+    small, checkpointed, plain = gib(batch_size=2), gib(batch_size=2, gradient_checkpointing=True), gib(batch_size=2, ln_mode='fake')
+    weights = 124.4e6 * 4 * 4 / 2 ** 30     # parameters, gradients, two moments
+    assert weights < checkpointed < small < weights + 3 and small <= plain < small * 1.1
+
+
 def test_no_device_synchronisation_in_a_plain_step(workspace, monkeypatch):
     """Only the logged iterations (0, 50, 99) and the evaluations (0, 100) may read a value back."""
     seen = []
@@ -556,7 +580,10 @@ def test_killed_and_resumed_on_any_number_of_processes_gives_the_same_losses(who
     assert steps_of('killed') == whole      # to the last bit
     assert_close(steps_of('killed2'), whole)
     assert difference(GPT2.from_pretrained('killed/hf').lm_head.weight, GPT2.from_pretrained('whole/hf').lm_head.weight) == 0
-    assert 'mini' not in Path('killed/hf/README.md').read_text() and 'trained from scratch' in Path('killed/hf/README.md').read_text()
+    assert 'trained from scratch' in Path('killed/hf/README.md').read_text()
+    Path('killed/hf/README.md').write_text('my own words')      # resumed once more, after its end: they are kept
+    assert 'killed/hf was there already and is now killed/hf.1' in finished(run(*LONG, '--out_dir=killed', '--init_from=resume'))
+    assert Path('killed/hf.1/README.md').read_text() == 'my own words' and 'scratch' in Path('killed/hf/README.md').read_text()
 
 
 # -----------------------------------------------------------------------------
@@ -798,13 +825,13 @@ BLOCKS = re.findall(r'```python\n(.*?)```', (REPO / 'README.md').read_text(), re
 @pytest.mark.parametrize('block', [b for b in BLOCKS if 'import' in b], ids=lambda b: re.findall(r'from (\S+) import', b)[0])
 def test_the_readmes_snippets(block, mini, capsys):
     """Each runs, and what it calls logits, log_probs and resid is what our own model computes."""
-    for package in re.findall(r'^from (\w+)', block, re.M):
-        pytest.importorskip(package, exc_type=ImportError)
+    for package in ('transformers', 'transformer_lens', 'nnsight'):
+        if f'from {package}' in block:
+            pytest.importorskip(package, exc_type=ImportError)
+    if 'transformer_lens' in block and importlib.metadata.version('transformer_lens')[0] != ('2' if 'HookedTransformer' in block else '4'):
+        pytest.skip('for another major version of TransformerLens')
     Path('snippet.py').write_text(block)
-    try:
-        names = runpy.run_path('snippet.py')
-    except (ImportError, AttributeError) as e:      # the other major version of that package is installed
-        pytest.skip(str(e))
+    names = runpy.run_path('snippet.py')
     if 'direct' in names:
         free, control = [float(e) for e in re.findall(r'off by (\S+);', capsys.readouterr().out)]
         assert free < 1e-4 < 1e-2 < control
@@ -892,17 +919,18 @@ def test_hellaswag_texts_of_both_conventions():
 def test_hellaswag_scores_equal_one_ending_at_a_time(workspace):
     model = random_model(block_size=64, vocab_size=257)
     model.save_pretrained('hs')
-    Path('hs.jsonl').write_text('\n'.join(json.dumps(q) for q in QUESTIONS) + '\n')
+    questions = QUESTIONS * 3       # enough for several batches
+    Path('hs.jsonl').write_text('\n'.join(json.dumps(q) for q in questions) + '\n')
     command = [sys.executable, str(REPO / 'eval_hellaswag.py'), 'hs', '--data=hs.jsonl', '--device=cpu']
     out = subprocess.run([*command, '--json=1.json'], capture_output=True, text=True)
-    assert out.returncode == 0 and 'which lost some on the left: 3' in out.stdout, out.stderr + out.stdout
+    assert out.returncode == 0 and 'which lost some on the left: 9' in out.stdout, out.stderr + out.stdout
     out = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *command[1:], '--json=2.json'],
                          capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     one, two = (json.loads(Path(f'{n}.json').read_text()) for n in (1, 2))
-    assert one == two and one['questions'] == 5 and one['truncated'] == 3
+    assert one == two and one['questions'] == 15 and one['truncated'] == 9
     right = {m: 0 for m in ('acc', 'acc_norm', 'harness_acc', 'harness_acc_norm')}
-    for q, found in zip(QUESTIONS, one['scores'], strict=True):
+    for q, found in zip(questions, one['scores'], strict=True):
         for style in ('completion', 'harness'):
             context, endings = eval_hellaswag.texts(q, style)
             sums, lengths = [], []
@@ -920,8 +948,8 @@ def test_hellaswag_scores_equal_one_ending_at_a_time(workspace):
             prefix = '' if style == 'completion' else 'harness_'
             right[prefix + 'acc'] += np.argmax(sums) == int(q['label'])
             right[prefix + 'acc_norm'] += np.argmax([s / n if n else -np.inf for s, n in zip(sums, lengths)]) == int(q['label'])
-    assert {m: one[m] for m in right} == {m: n / 5 for m, n in right.items()}
-    assert one['acc_stderr'] == pytest.approx((one['acc'] * (1 - one['acc']) / 4) ** 0.5)
+    assert {m: one[m] for m in right} == {m: pytest.approx(n / 15) for m, n in right.items()}
+    assert one['acc_stderr'] == pytest.approx((one['acc'] * (1 - one['acc']) / 14) ** 0.5)
 
 
 def test_the_questions_are_downloaded_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
@@ -946,7 +974,7 @@ def test_the_questions_are_downloaded_whole_or_not_at_all(tmp_path, monkeypatch,
     eval_hellaswag.download(url, path)
     assert Path(path).read_bytes() == body and os.listdir(tmp_path / 'data') == ['q.jsonl'] and not answers
     os.remove(path)
-    answers[:] = [(404, b'')] * 5
+    answers[:] = [(503, b''), (404, b'')]
     with pytest.raises(BadInput, match=r'cannot be downloaded \(404 .*put the official hellaswag_val.jsonl at'):
         eval_hellaswag.download(url, path)
     assert os.listdir(tmp_path / 'data') == []
@@ -1030,7 +1058,50 @@ def test_windows_of_token_ids_are_kept_as_they_are(workspace):
     assert prepared(windows + [windows[0][:50]]) == (flat + windows[0][:50], 128)       # a short last one fits
     assert prepared(windows[:110] + [[1]] + windows[110:])[1] is None                   # one in the middle does not
     assert prepared(windows, '--max_tokens=1000') == (flat[:7 * 128], 128)
+    assert prepared(windows[:5] + [windows[5][:50]]) == (flat[:5 * 128 + 50], 128)      # of few rows, too
+    assert prepared(windows + [windows[0] + [1]])[1] is None                            # a longer one at the end does not
+    prepare.main(['ids.rows.jsonl', '--name=ids', '--tokenizer=bytes', '--val_fraction=1e-9'])
+    assert len(np.fromfile('data/ids/train.bin', np.uint16)) % 128 == 0                 # the end, cut off for validation, is whole windows
     assert prepared([[1, 2], [3]]) == ([1, 2, 256, 3, 256], None)                       # documents
+
+
+@pytest.mark.torture
+def test_prepare_is_faster_than_the_usual_ways_in_little_memory(tmp_path):
+    """On the sources of the installed packages, 200 MB at least, GPT-2's BPE. Printed with -s, as `make torture` does."""
+    import sysconfig
+    files, size = [], 0
+    for path in sorted(Path(sysconfig.get_paths()['purelib']).rglob('*')):
+        if path.suffix in ('.py', '.txt', '.md', '.rst', '.h', '.hpp', '.json', '.js', '.pyi') and path.is_file():
+            files.append(path)
+            size += path.stat().st_size
+    rows = [p.read_text(errors='replace') for p in files]
+    while sum(map(len, rows)) < 200e6:
+        rows += rows[:1000]
+    with open(tmp_path / 'corpus.jsonl', 'w') as f:
+        f.writelines(json.dumps({'text': r}) + '\n' for r in rows)
+    rows = None
+    common = "import json, sys, time, numpy as np, tiktoken; t0 = time.time(); bpe = tiktoken.get_encoding('gpt2'); "
+    one = common + ("f = open('one.bin', 'wb'); "
+                    "[f.write(np.array(bpe.encode_ordinary(json.loads(line)['text']) + [50256], np.uint16).tobytes()) for line in open('corpus.jsonl')]")
+    two = common + ("from datasets import load_dataset\n"
+                    "ds = load_dataset('json', data_files='corpus.jsonl', split='train')\n"
+                    "def work(row):\n    ids = bpe.encode_ordinary(row['text']) + [50256]\n    return {'ids': ids, 'len': len(ids)}\n"
+                    "ds = ds.map(work, remove_columns=['text'], num_proc=2)\n"
+                    "out = np.memmap('two.bin', np.uint16, 'w+', shape=(int(sum(ds['len'])),))\n"
+                    "i = 0\nfor k in range(64):\n    b = np.concatenate(ds.shard(64, k, contiguous=True).with_format('numpy')['ids'])\n    out[i:i + len(b)] = b\n    i += len(b)\n"
+                    "out.flush()")
+    seconds, memory = {}, {}
+    for name, args in (('ours', [str(REPO / 'prepare.py'), 'corpus.jsonl', '--val_fraction=0']), ('one', ['-c', one]), ('two', ['-c', two])):
+        t0 = time.time()
+        process = subprocess.Popen([sys.executable, *args], cwd=tmp_path, env=os.environ | {'HF_HOME': str(tmp_path / 'cache')}, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        seconds[name], memory[name] = time.time() - t0, usage.ru_maxrss / 2 ** 20
+    tokens = os.path.getsize(tmp_path / 'one.bin') // 2
+    print(f"\n{tokens:,} tokens; " + '; '.join(f"{n}: {s:.1f} s, {tokens / s / 1e6:.2f}M tokens/s, {memory[n]:.2f} GiB resident" for n, s in seconds.items()))
+    bins = [(tmp_path / name).read_bytes() for name in ('data/corpus/train.bin', 'one.bin', 'two.bin')]
+    assert bins[0] == bins[1] == bins[2]
+    assert memory['ours'] < 1 and seconds['one'] / seconds['ours'] > 1.4 and seconds['two'] / seconds['ours'] > 2.5     # 1.8 and 3 are aimed at; it is a noisy machine
 
 
 def test_the_splits_share_no_document(workspace):
@@ -1090,14 +1161,14 @@ def broken(workspace):
     Path('void.txt').write_text('')
     Path('words.txt').write_text('some words')
     infinite = random_model('none', block_size=64, vocab_size=257)
-    infinite.wte.weight.data[ord('~')] = 1e15       # finite in attention, too much for the unembedding
-    infinite.lm_head.weight.data *= 1e25
+    infinite.wte.weight.data[ord('~')] = 3e38       # through attention's 0 * NaN it spoils what stands before it too
     os.makedirs('infinite')
     model.save_checkpoint('infinite', infinite)
     shutil.copytree('data/tiny', 'data/tilde')
     val = np.fromfile('data/tiny/val.bin', np.uint16) % 32
     val[[70, 80, 999]] = ord('~')
     val.tofile('data/tilde/val.bin')
+    shutil.copytree('data/tilde', 'data/tilde2')
     random_model(vocab_size=300).save_pretrained('odd_vocab')
     shutil.copytree('run', 'shown')     # an hf/ that somebody may have edited
     os.makedirs('shown/hf')
@@ -1163,7 +1234,9 @@ TRAIN_ERRORS = [
     (TINY + ['--out_dir=busy'], "another run is writing to busy at this moment"),
     (TINY + NEW + ['--control=empty'], "empty/log.jsonl is missing, damaged or holds no evaluation"),
     (TINY + REMOVE + ['--out_dir=shown', '--max_iters=16'], "shown/hf exists already, and this run would write it"),
-    (['--eval_only=True', '--eval_iters=0', '--dataset=tilde', '--init_from=infinite'], "infinite gives a NaN or infinite logit: first at token 6 of window 1 of data/tilde/val.bin, 83 of"),
+    (['--eval_only=True', '--eval_iters=0', '--dataset=tilde', '--init_from=infinite'], "infinite gives NaN or infinite logits, first at token 70 (id 126) of data/tilde/val.bin, and for 128 of"),
+    (['--eval_only=True', '--eval_iters=3', '--dataset=tilde2', '--init_from=infinite'], "first at token "),
+    (['--eval_only=True', '--dataset=tiny'], "nothing to evaluate: name a model"),
     (['--eval_only=True', '--dataset=tiny', '--init_from=run', '--control=odd_vocab'], "control=odd_vocab has a vocabulary of 300 tokens, init_from=run of 257"),
     (['--eval_only=True', '--dataset=shortval', '--init_from=run'], "less than one window of block_size + 1 = 33"),
 ]
@@ -1175,11 +1248,11 @@ HELLASWAG_ERRORS = [
     (['run', '--data=label.jsonl'], "label.jsonl, line 2: label is 4, expected 0, 1, 2 or 3"),
     (['run', '--data=endings.jsonl'], "endings.jsonl, line 2: expected `endings` to be a list of four texts"),
     (['run', '--data=field.jsonl'], "field.jsonl, line 2: the field 'ctx_b' is missing"),
-    (['infinite', '--data=tilde.jsonl'], "NaN or infinite logit: question 2, harness style, ending 3, at token 17 (id 126)"),
+    (['infinite', '--data=tilde.jsonl'], "NaN or infinite logit: question 2, completion style, ending 3, first at token 8 (id 126)"),
     (['odd_vocab', '--data=tilde.jsonl'], "odd_vocab has a vocabulary of 300 tokens; expected GPT-2's (50257) or bytes (257)"),
     (['run', 'free', '--data=tilde.jsonl'], "expected one MODEL, got 2"),
     (['run', '--data=tilde.jsonl', '--limit=0'], "--limit=0: expected a whole number of at least 1"),
-    (['run', '--data=tilde.jsonl', '--json=nowhere/x.json'], "--json=nowhere/x.json cannot be written"),
+    (['run', '--data=tilde.jsonl', '--json=nowhere/x.json'], "--json=nowhere/x.json cannot be written: No such file"),
     (['run', '--dada=q.jsonl'], "--dada=q.jsonl: expected one of --data="),
     (['no/such', '--data=tilde.jsonl'], "no/such names nothing"),
 ]

@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import report
-from model import BOS, EOT, KINDS, TOKEN, BadInput, GPT2, GPT2Config, export, load_checkpoint, save_checkpoint
+from model import BOS, EOT, KINDS, TOKEN, BadInput, GPT2, GPT2Config, export, first_bad_token, load_checkpoint, save_checkpoint
 from prepare import get_tokenizer, tokenizer_files
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
@@ -50,7 +50,7 @@ class Config:
     dataset: str = 'openwebtext'        # data/NAME/{train,val}.bin, which prepare.py writes
     init_from: str = 'scratch'          # 'scratch', 'resume', a hub id ('gpt2'), a Hugging Face folder, a run's out_dir
     control: str = ''                   # the model that kept LN, to compare with: a removal's summary takes a run's out_dir,
-                                        # an evaluation anything that init_from takes
+                                        # an evaluation a hub id, a folder or an out_dir
     eval_interval: int = 100            # iterations; a checkpoint is written after each evaluation
     eval_iters: int = 400               # windows of block_size tokens, evenly spaced over val.bin; 0: all of it
     eval_only: bool = False             # evaluate once, write nothing
@@ -293,7 +293,7 @@ class Data:
             raise BadInput(f"{self.dir}/meta.json is not JSON ({e}): run prepare.py again")
         try:
             ok = self.meta['tokenizer'] in ('gpt2', 'bytes') and 0 <= self.meta['eot'] < self.meta['vocab_size']
-            ok = ok and all(self.meta[split]['tokens'] >= 0 for split in ('train', 'val')) and self.meta.get('window', 1) > 0
+            ok = ok and all(self.meta[split]['tokens'] >= 0 for split in ('train', 'val')) and type(self.meta.get('window', 2)) is int and self.meta.get('window', 2) > 1
         except (TypeError, KeyError):
             ok = False
         if not ok:
@@ -345,20 +345,23 @@ class Data:
         starts = np.random.default_rng([self.cfg.seed, it]).integers(len(self.train) - T, size=self.cfg.batch_tokens // T)
         return self._to_device(np.stack([self.train[s:s + T + 1] for s in starts[micro * B:(micro + 1) * B]]))
 
+    def starts(self):
+        """The first token of each validation window."""
+        n = math.ceil((len(self.val) - 1) / self.cfg.block_size)
+        k = min(self.cfg.eval_iters or n, n)
+        return np.arange(k) * n // k * self.cfg.block_size
+
     def windows(self):
         """The validation windows: their number, and this rank's share of them as (first, x, y), y being -1 beyond the end.
 
         Windows start at multiples of block_size, so that each token is predicted once; the last may be partial. If the
         bin is made of windows that were cut elsewhere (prepare.py), the first token of each is not predicted: what
-        stands before it is another text.
+        stands before it is another text. (With a block_size that does not divide theirs, contexts still span a cut.)
         """
-        B, T = self.cfg.batch_size, self.cfg.block_size
-        n = math.ceil((len(self.val) - 1) / T)
-        k = min(self.cfg.eval_iters or n, n)
-        starts = np.arange(k) * n // k * T
+        B, T, starts = self.cfg.batch_size, self.cfg.block_size, self.starts()
 
         def share():
-            for i in range(RANK * B, k, WORLD * B):
+            for i in range(RANK * B, len(starts), WORLD * B):
                 rows = np.zeros((B, T + 1), np.uint16)      # always B rows: one shape, one graph
                 pad = np.ones((B, T), bool)
                 for r, s in enumerate(starts[i:i + B]):
@@ -368,7 +371,7 @@ class Data:
                         pad[r] |= np.arange(s + 1, s + T + 1) % window == 0
                 x, y = self._to_device(rows)
                 yield i, x, y.masked_fill(torch.from_numpy(pad).to(self.device), -1)
-        return k, share()
+        return len(starts), share()
 
 
 def all_reduce(x, op=dist.ReduceOp.SUM):
@@ -420,7 +423,7 @@ def load_model(cfg, given, data):
                                vocab_size=data.meta.get('vocab_size', 50257))), None
     if cfg.init_from == 'resume':
         ckpt = load_checkpoint(cfg.out_dir)
-        if lacking := {'iter', 'config', 'optimizer', 'log_bytes', 'evaluated'} - ckpt.keys():
+        if lacking := {'iter', 'config', 'optimizer', 'log_bytes', 'evaluated', 'base'} - ckpt.keys():
             raise BadInput(f"{cfg.out_dir}/ckpt.pt cannot be resumed: it lacks {', '.join(sorted(lacking))}")
         if (ckpt['model_args']['ln_mode'] == 'fake') != cfg.remove_ln:
             raise BadInput(f"{cfg.out_dir}/ckpt.pt is of a run with remove_ln={not cfg.remove_ln}: resume it with the same config")
@@ -477,6 +480,8 @@ def start_machine(cfg, device):
 
 def evaluate(cfg, given):
     """eval_only: the losses of one model, or of two token by token, over val.bin. Writes nothing."""
+    if cfg.init_from == 'scratch':
+        raise BadInput("nothing to evaluate: name a model, with --init_from=MODEL (a hub id, a folder, a run's out_dir)")
     device = find_device(cfg)
     data = Data(cfg, device)
     model, _ = load_model(cfg, given, data)
@@ -501,11 +506,14 @@ def evaluate(cfg, given):
     for name, table in losses.items():
         bad = np.argwhere(np.isinf(table))
         if len(bad):
-            w, t = bad[0]
-            raise BadInput(f"{name} gives a NaN or infinite logit: first at token {t} of window {w} of data/{cfg.dataset}/val.bin, {len(bad):,} of "
+            start = data.starts()[bad[0][0]]
+            ids = torch.from_numpy(data.val[start:start + cfg.block_size].astype(np.int64))
+            at = first_bad_token(models[name], ids)
+            raise BadInput(f"{name} gives NaN or infinite logits" + (f", first at token {start + at:,} (id {ids[at]})" if at is not None else
+                           f" in the window from token {start:,} on") + f" of data/{cfg.dataset}/val.bin, and for {len(bad):,} of "
                            f"{np.isfinite(table).sum() + len(bad):,} {unit}s in all; there is no mean to report")
     mean, error = report.mean_and_error(next(iter(losses.values())))
-    print(f"val loss {mean:.4f} nats per {unit}, standard error {error:.4f}; data/{cfg.dataset}/val.bin, {len(table):,} windows of "
+    print(f"val loss {mean:.4f} nats per {unit}, standard error {report.number(error).strip()}; data/{cfg.dataset}/val.bin, {len(table):,} windows of "
           f"{cfg.block_size}, {dtype}\n\n{report.loss_table(losses, unit)}")
 
 
@@ -532,7 +540,7 @@ def train(cfg, given, held):
                        f"{unit}: type --batch_tokens={max(round(cfg.batch_tokens / unit), 1) * unit}")
     raw.config.eot_token_id = data.meta.get('eot', raw.config.eot_token_id)
     start = ckpt['iter'] if ckpt else 0
-    base = ckpt['config']['init_from'] if ckpt else cfg.init_from       # what the model was before this run, and its resumptions
+    base = ckpt['base'] if ckpt else cfg.init_from if not os.path.exists(cfg.init_from) else './' + os.path.basename(cfg.init_from.rstrip('/'))
     events = schedule(cfg, raw.config.n_layer) if cfg.remove_ln else []
     if cfg.remove_ln:
         check_schedule(events, cfg, {} if ckpt else {k: v.item() for k, v in raw.sites().items()})
@@ -602,7 +610,7 @@ def train(cfg, given, held):
     def save(evaluated):
         if master:
             save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), iter=it, evaluated=evaluated,
-                            config=asdict(cfg) | {'init_from': base}, log_bytes=os.path.getsize(log_path))
+                            config=asdict(cfg), base=base, log_bytes=os.path.getsize(log_path))
 
     def give_up(what):
         last = max((e for e in events if e[0] < it), default=None, key=lambda e: e[0])
@@ -931,7 +939,9 @@ def finish(cfg, model, data, base):
         raise BadInput(f"the folded model's logits differ from the unfolded one's by {diff:.2g} (largest logit {scale:.3g}): nothing "
                        f"is handed over; {cfg.out_dir}/ckpt.pt holds the model as it is")
     try:
-        tokenizer = get_tokenizer(data.meta.get('tokenizer'))
+        if 'tokenizer' not in data.meta:
+            raise BadInput(f"{data.dir} has no meta.json, which would name its tokenizer")
+        tokenizer = get_tokenizer(data.meta['tokenizer'])
         torch.manual_seed(cfg.seed)
         ids = folded.generate(torch.tensor([[model.config.eot_token_id]], device=x.device), 240, temperature=0.8, top_k=40)[0, 1:].tolist()
         text = tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
@@ -939,9 +949,15 @@ def finish(cfg, model, data, base):
         files = tokenizer_files(tokenizer, cfg.block_size)
     except BadInput as e:       # bins of unknown origin, or offline
         sample, files = f"no sample, and no tokenizer beside the model: {e}", {}
+    files['README.md'] = report.model_card(cfg, base, model, data.meta, data.unit, bool(files))
     hf = os.path.join(cfg.out_dir, 'hf')
-    shutil.rmtree(hf, ignore_errors=True)       # only a resumed run has one, its own
-    export(model, hf, files | {'README.md': report.model_card(cfg, base, model, data.meta, data.unit)})
+    new = f'{hf}.new.{os.getpid()}'
+    export(model, new, {name: text.encode() for name, text in files.items()})
+    if os.path.exists(hf):      # the run was resumed after its end, and somebody may have edited what it wrote
+        aside = next(f'{hf}.{n}' for n in range(1, 10 ** 6) if not os.path.exists(f'{hf}.{n}'))
+        os.rename(hf, aside)
+        print(f"note: {hf} was there already and is now {aside}")
+    os.rename(new, hf)
 
     print(f"\n{report.result_table(cfg.out_dir, cfg.control, len(model.sites()), data.unit)}\n\n"
           f"folded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})\n\n{sample}")
