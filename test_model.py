@@ -1169,6 +1169,8 @@ def broken(workspace):
     val[[70, 80, 999]] = ord('~')
     val.tofile('data/tilde/val.bin')
     shutil.copytree('data/tilde', 'data/tilde2')
+    val[[70, 80, 999, -(-(len(val) - 1) // 64) // 3 * 64 + 5]] = 1, 1, 1, ord('~')      # in the second of three windows
+    val.tofile('data/tilde2/val.bin')
     random_model(vocab_size=300).save_pretrained('odd_vocab')
     shutil.copytree('run', 'shown')     # an hf/ that somebody may have edited
     os.makedirs('shown/hf')
@@ -1235,7 +1237,7 @@ TRAIN_ERRORS = [
     (TINY + NEW + ['--control=empty'], "empty/log.jsonl is missing, damaged or holds no evaluation"),
     (TINY + REMOVE + ['--out_dir=shown', '--max_iters=16'], "shown/hf exists already, and this run would write it"),
     (['--eval_only=True', '--eval_iters=0', '--dataset=tilde', '--init_from=infinite'], "infinite gives NaN or infinite logits, first at token 70 (id 126) of data/tilde/val.bin, and for 128 of"),
-    (['--eval_only=True', '--eval_iters=3', '--dataset=tilde2', '--init_from=infinite'], "first at token "),
+    (['--eval_only=True', '--eval_iters=3', '--dataset=tilde2', '--init_from=infinite'], " (id 126) of data/tilde2/val.bin, and for 64 of 192 bytes"),
     (['--eval_only=True', '--dataset=tiny'], "nothing to evaluate: name a model"),
     (['--eval_only=True', '--dataset=tiny', '--init_from=run', '--control=odd_vocab'], "control=odd_vocab has a vocabulary of 300 tokens, init_from=run of 257"),
     (['--eval_only=True', '--dataset=shortval', '--init_from=run'], "less than one window of block_size + 1 = 33"),
