@@ -613,6 +613,8 @@ def train(cfg, given, held):
                             config=asdict(cfg), base=base, log_bytes=os.path.getsize(log_path))
 
     def give_up(what):
+        if not master:      # all ranks come here together; one tells
+            sys.exit(2)
         last = max((e for e in events if e[0] < it), default=None, key=lambda e: e[0])
         kept = os.path.join(cfg.out_dir, 'ckpt.pt')
         raise BadInput(f"diverged: {what}; the last event of the removal was " + (f"{last[1]} {last[2]} at iteration {last[0]}" if last else "none yet")

@@ -3,7 +3,7 @@ The paper's run (arXiv 2409.13710): GPT-2 small loses every LayerNorm within 1,2
 
     torchrun --nproc_per_node=8 train.py config/remove_ln.py            # and its control: config/vanilla.py
 
-batch_size * the number of processes * 1024 must divide batch_tokens; it changes the speed and memory, not the result.
+batch_size * 1024 must divide batch_tokens; it changes the speed and memory, not the result.
 """
 out_dir = 'out/remove_ln'
 init_from = 'gpt2'
