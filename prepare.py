@@ -305,7 +305,7 @@ def encoded(pieces, tokenizer):
         return [(ids(p), follows) for p, follows in batch]
 
     cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(cores + 1) as pool:     # one more, because they wait for the interpreter now and then
         futures, batch, size = deque(), [], 0
         for p, follows in pieces:
             batch.append((p, follows))
