@@ -170,6 +170,18 @@ class Block(nn.Module):
         return x
 
 
+def cross_entropy(logits, targets):
+    """The mean over targets that are not -1: logits (B, T, vocab), targets (B, T) -> a scalar, in float32.
+
+    Logits in bfloat16 are turned into float32 one sequence at a time, and again in the backward pass: all of them at
+    once would be the largest tensors of a step. (Compiled, the conversion is fused into the kernels that read them.)
+    """
+    if logits.dtype == torch.float32 or torch.compiler.is_compiling():
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    row = lambda z, y: F.cross_entropy(z.float(), y, ignore_index=-1, reduction='sum')
+    return sum(checkpoint(row, z, y, use_reentrant=False) for z, y in zip(logits, targets)) / (targets != -1).sum()
+
+
 class GPT2(nn.Module):
 
     def __init__(self, config):
@@ -222,7 +234,7 @@ class GPT2(nn.Module):
         logits = self.lm_head(*self.ln_f(x, kind, stds))
         loss = None
         if targets is not None:
-            loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
+            loss = cross_entropy(logits, targets)
         return (logits, loss, stds) if return_stds else (logits, loss)
 
     @torch.no_grad()

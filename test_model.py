@@ -433,6 +433,19 @@ def test_gradient_checkpointing_changes_no_loss(how, workspace):
     assert_close(*(steps_of(f'gc{on}{how.strip(chr(34))}') for on in (False, True)))
 
 
+def test_cross_entropy_in_bfloat16_a_sequence_at_a_time():
+    logits, targets = torch.randn(5, 7, 11) * 3, torch.randint(11, (5, 7))
+    targets[2], targets[3, 2:] = -1, -1
+    results = []
+    for z in (logits.bfloat16().float(), logits.bfloat16()):
+        z.requires_grad_(True)
+        loss = model.cross_entropy(z, targets)
+        loss.backward()
+        results.append((loss, z.grad.float()))
+    assert results[1][0].dtype == torch.float32 and difference(results[0][0], results[1][0]) < 1e-6
+    assert difference(results[0][1], results[1][1]) < 1e-3
+
+
 def test_bench_times_two_settings_in_turns_and_computes_memory(workspace, capsys):
     tiny = [str(REPO / 'config/bench.py'), '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_tokens=16', '--max_iters=3', '--device=cpu']
     train.main(tiny + ['--compile=False', '--versus=ln_mode=real batch_tokens=32'])
