@@ -637,10 +637,7 @@ def main(argv=None):
         free = model.config.ln_mode == 'none' or model.config.ln_mode == 'fake' and all(model.sites().values())
         print(f"{folder}: {model.num_params():,} parameters, {'no LayerNorm left' if free else 'with LayerNorm'}"
               f"{', folded' if model.config.ln_mode == 'none' else ''}; also written: {', '.join(files) or 'no tokenizer, for none was found'}")
-    except OSError as e:
-        print(f"model.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    except BadInput as e:
+    except (BadInput, OSError) as e:
         print(f"model.py: {e}", file=sys.stderr)
         sys.exit(2)
 

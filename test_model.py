@@ -1073,7 +1073,7 @@ def test_windows_of_token_ids_are_kept_as_they_are(workspace):
     assert prepared(windows, '--max_tokens=1000') == (flat[:7 * 128], 128)
     assert prepared(windows[:5] + [windows[5][:50]]) == (flat[:5 * 128 + 50], 128)      # of few rows, too
     assert prepared(windows + [windows[0] + [1]])[1] is None                            # a longer one at the end does not
-    prepare.main(['ids.rows.jsonl', '--name=ids', '--tokenizer=bytes', '--val_fraction=1e-9'])
+    assert prepared(windows, '--val_fraction=1e-9')[1] == 128
     assert len(np.fromfile('data/ids/train.bin', np.uint16)) % 128 == 0                 # the end, cut off for validation, is whole windows
     assert prepared([[1, 2], [3]]) == ([1, 2, 256, 3, 256], None)                       # documents
 

@@ -646,7 +646,7 @@ def train(cfg, given, held):
             log(event='eval', iter=it, val_loss=val_loss, tokens=it * cfg.batch_tokens)
             if master:
                 print(f"iter {it:>6} | val loss {val_loss:.4f} nats per {data.unit}")
-            if it == cfg.max_iters or it > 0 and not high_since(losses, cfg)[0]:
+            if it == cfg.max_iters or it > 0 and high_since(losses, cfg)[0] is None:
                 save(evaluated=True)
             elif it > 0 and master:
                 print(f"iter {it:>6} | not saved: the loss is far above its level, and the last checkpoint is better")
@@ -756,6 +756,9 @@ def step(cfg, it, n_micro, model, raw, optimizer, lr, batch, autocast):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total, norm
+
+# -----------------------------------------------------------------------------
+# What a step costs: config/bench.py.
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive under it, and their `peak`."""
