@@ -2,6 +2,7 @@
 Text -> data/NAME/{train,val}.bin: uint16 token ids, each document followed by end-of-text, and meta.json beside them.
 
     python prepare.py stdlib --tokenizer=bytes              the Python standard library's source: always there
+    python prepare.py packages --tokenizer=bytes            sources and documentation of the installed packages: 180 MB here
     python prepare.py openwebtext --max_tokens=600_000_000  streams just that much from the hub
     python prepare.py pile_filtered                         a preset: what the papers evaluate on (PRESETS, below)
     python prepare.py essays/ more.jsonl --name=mine        local .txt, .md, .rst, .py, .jsonl, .parquet, and folders
@@ -42,6 +43,7 @@ PRESETS = {
     'pile_filtered': ('lucabaroni/apollo-pile-filtered-10k', 1.0),
     'pile10k': ('NeelNanda/pile-10k', 1.0),
     'stdlib': (None, 0.05),
+    'packages': (None, 0.02),
 }
 OPENWEBTEXT = 8013769       # documents, which nanoGPT's split into train and val is drawn over
 TEXT, ROWS = ('.txt', '.md', '.rst', '.py'), ('.jsonl', '.parquet')
@@ -253,7 +255,22 @@ def stdlib_files():
         yield from (os.path.join(folder, n) for n in sorted(names) if n.endswith('.py'))
 
 
-def local_files(path):
+def package_files():
+    """Sources and documentation of the installed packages, less each file that repeats more than a quarter of earlier ones.
+
+    What is compared are sets of three consecutive lines, blank ones left out. So the splits share no near-identical files.
+    """
+    seen = set()
+    for path in local_files(sysconfig.get_paths()['purelib'], TEXT):
+        with open(path, encoding='utf-8', errors='replace') as f:
+            lines = [line for line in map(str.strip, f) if line]
+        triples = {hash(t) for t in zip(lines, lines[1:], lines[2:])} or {hash(tuple(lines))}
+        if len(triples & seen) <= len(triples) / 4:
+            seen |= triples
+            yield path
+
+
+def local_files(path, endings=TEXT + ROWS):
     if not os.path.isdir(path):
         if '.' in os.path.basename(path) and not path.endswith(TEXT + ROWS):
             raise BadInput(f"cannot tell what {path} holds: expected a file that ends in {', '.join(TEXT + ROWS)}")
@@ -261,7 +278,7 @@ def local_files(path):
     found = []
     for folder, dirs, names in os.walk(path):
         dirs[:] = [d for d in dirs if not d.startswith('.')]    # .git, .venv
-        found += [os.path.join(folder, n) for n in names if n.endswith(TEXT + ROWS)]
+        found += [os.path.join(folder, n) for n in names if n.endswith(endings)]
     if not found:
         raise BadInput(f"nothing to read in {path}: expected files that end in {', '.join(TEXT + ROWS)}")
     return sorted(found)
@@ -270,8 +287,8 @@ def local_files(path):
 def documents(sources):
     """(text or token ids, what follows) of all sources in order."""
     for source in sources:
-        if source == 'stdlib':
-            files = stdlib_files()
+        if source in ('stdlib', 'packages'):
+            files = stdlib_files() if source == 'stdlib' else package_files()
         elif os.path.exists(source):
             files = local_files(source)
         else:

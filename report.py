@@ -3,6 +3,7 @@ What the numbers say to people: the statistics of an evaluation, the table at th
 the loss curves.
 
     python report.py out.png RUN [RUN ...]      the curves, with the first run's removals marked; RUN: an out_dir
+    python report.py FOLDER [NAME ...]          runs FOLDER/NAME.SEED against FOLDER/control.SEED: a table of all, a picture of each NAME
 """
 import json
 import os
@@ -175,12 +176,100 @@ def plot(path, runs):
     plt.close(fig)
 
 
+# -----------------------------------------------------------------------------
+# Variants over seeds. A run and the control of its seed see the same batches, so the difference of their training losses
+# has almost none of the batches' noise: it is the cost of the removal, iteration by iteration.
+
+def variants(folder):
+    """{NAME: {SEED: log}} of the runs FOLDER/NAME.SEED. Raises BadInput unless control.SEED is among them."""
+    found = {}
+    for run in sorted(os.listdir(folder)):
+        name, dot, seed = run.rpartition('.')
+        if dot and seed.isdigit():
+            found.setdefault(name, {})[int(seed)] = read_log(os.path.join(folder, run))
+    if lacking := sorted({s for seeds in found.values() for s in seeds} - found.get('control', {}).keys()) or ['SEED'] * (not found):
+        raise BadInput(f"{folder} holds no control.{lacking[0]}: expected runs called NAME.SEED, and control.SEED for each seed")
+    return found
+
+
+def difference(log, control):
+    """(iterations, training loss of one run minus that of another), where both were logged."""
+    a, b = ({e['iter']: e['loss'] for e in z if e['event'] == 'train'} for z in (log, control))
+    both = sorted(a.keys() & b.keys())
+    return np.array(both), np.array([a[i] - b[i] for i in both])
+
+
+def variant_table(found):
+    """A Markdown table: for each variant, over seeds, the validation loss, its gap to the control and the worst of the way there."""
+    last = lambda log: [(e['iter'], e['val_loss']) for e in log if e['event'] == 'eval'][-1]
+    end = {seed: last(log) for seed, log in found['control'].items()}
+    done = {name: {s: last(log)[1] for s, log in runs.items() if last(log)[0] == end[s][0]} for name, runs in found.items()}
+    lines = ['| variant | seeds | val loss | gap | over seeds | worst on the way |', '|---|---|---|---|---|---|']
+    for name, losses in sorted(done.items(), key=lambda v: (v[0] != 'control', np.mean([*v[1].values()] or [np.inf]))):
+        seeds = f'{len(losses)} of {len(found[name])}' if len(losses) < len(found[name]) else len(losses)
+        if not losses:
+            lines.append(f"| {name} | {seeds} | stopped before the end | | | |")
+            continue
+        gaps = [loss - end[s][1] for s, loss in losses.items()]
+        its, diff = (np.concatenate(z) for z in zip(*(difference(found[name][s], found['control'][s]) for s in losses)))
+        worst = '' if name == 'control' else f'{diff.max():+.2f} at {its[diff.argmax()]}'
+        lines.append(f"| {name} | {seeds} | {np.mean([*losses.values()]):.4f} | {np.mean(gaps):+.4f} | {min(gaps):+.4f} to {max(gaps):+.4f} | {worst} |")
+    return '\n'.join(lines)
+
+
+def picture(path, name, found):
+    """Draws into `path`, over tokens: a variant's training loss and its control's, their difference, and the latter after each kind of event."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    runs, control = found[name], found['control']
+    events = [(e['iter'], e.get('site', 'x.merge').split('.', 2)[-1]) for e in next(iter(runs.values())) if e['event'] in ('remove', 'merge')]
+    total = [e for e in next(iter(runs.values())) if e['event'] == 'eval'][-1]
+    unit = total['tokens'] / total['iter'] / 1e6
+    its = difference(*(next(iter(z.values())) for z in (runs, control)))[0]
+    loss = lambda logs: np.mean([[e['loss'] for e in log if e['event'] == 'train' and e['iter'] in set(its)] for log in logs.values()], 0)
+    diffs = np.array([difference(log, control[seed])[1] for seed, log in runs.items()])
+    fig, ax = plt.subplot_mosaic([['loss'] * 4, ['diff'] * 4, ['ln_2', 'ln_1.qk', 'ln_1.v', 'ln_f']], figsize=(9, 9), layout='constrained',
+                                 height_ratios=[3, 3, 2])
+    smooth = lambda z, k=10: np.convolve(z, np.ones(k) / k, 'valid')
+    for label, logs, colour in (('LayerNorm removed', runs, 'tab:red'), ('LayerNorm kept', control, 'tab:blue')):
+        ax['loss'].plot(smooth(its) * unit, smooth(loss(logs)), color=colour, lw=1.2, label=f'{label}, mean of 10 iterations and {len(runs)} seeds')
+    ax['diff'].fill_between(its * unit, diffs.min(0), diffs.max(0), color='tab:red', alpha=0.25, lw=0)
+    ax['diff'].plot(its * unit, diffs.mean(0), color='tab:red', lw=1)
+    ax['diff'].axhline(0, color='gray', lw=0.8)
+    for panel in ('loss', 'diff'):
+        for it, kind in events:
+            ax[panel].axvline(it * unit, color=COLOURS[kind], lw=0.8, alpha=0.7, ls=':')
+    for kind in ('ln_2', 'ln_1.qk', 'ln_1.v', 'ln_f'):      # each from the iteration before it to the next event
+        for it, k in events:
+            end = min([i for i, _ in events if i > it] + [its[-1]])
+            here = (its >= it - 1) & (its < end)
+            if k == kind:
+                ax[kind].plot(its[here] - it, diffs.mean(0)[here], color=COLOURS[kind], lw=1, marker='.', ms=3)
+        ax[kind].set(title=f'{kind} removed', xlabel='iterations after')
+        ax[kind].title.set_color(COLOURS[kind])
+    ax['loss'].set(ylabel='training loss (nats)', title=name)
+    ax['loss'].legend(fontsize=8)
+    ax['diff'].set(xlabel='tokens (millions)', ylabel='removed minus kept,\nsame batches (nats)')
+    ax['ln_2'].set_ylabel('removed minus kept')
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv or not argv:
         print(__doc__)
         return
     try:
+        if os.path.isdir(argv[0]):
+            found = variants(argv[0])
+            print(variant_table(found))
+            for name in argv[1:]:
+                if name not in found:
+                    raise BadInput(f"{argv[0]} holds no run called {name}.SEED; there are {', '.join(found)}")
+                picture(os.path.join(argv[0], f'{name}.png'), name, found)
+            return
         if len(argv) < 2:
             raise BadInput(f"expected out.png RUN [RUN ...], got {argv[0]}")
         plot(argv[0], argv[1:])

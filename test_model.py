@@ -390,6 +390,12 @@ def test_the_papers_schedule_event_by_event():
     assert std['h.3.ln_1.qk'] == std['h.3.ln_1.v'] != std['h.3.ln_2']
     assert model.fold_ln().config.ln_mode == 'none'
 
+    # measure_once: every constant from the first removal's iteration
+    model, cfg.measure_once, calls[:] = GPT2(GPT2Config(block_size=4, vocab_size=9, n_layer=12, n_head=1, n_embd=4, ln_mode='fake')), True, []
+    for it in range(1050):
+        train.apply_schedule(events, cfg, it, model, measured)
+    assert calls == [200] and model.ln_f.std.tolist() == [173, 174, 175]
+
     # a model that lost one side in an earlier run keeps that side's constant when the other goes
     model = GPT2(GPT2Config(block_size=4, vocab_size=9, n_layer=1, n_head=1, n_embd=4, ln_mode='fake'))
     model.sites()['h.0.ln_1.qk'].fill_(1)
@@ -512,6 +518,31 @@ def test_statistics_of_an_evaluation():
     assert table[2][4:6] == [f'{np.nanquantile(a, q):.4f}' for q in (0.5, 0.999)]
     assert [int(row[-6].replace(',', '')) for row in table[3:6]] == [400, 63 * 400, 36 * 400 - 30]
     assert table[12][:2] == ['all', '39,970'] and float(table[12][2]) == pytest.approx(0.25, abs=2e-3) and float(table[12][3]) < 1e-3
+
+
+def test_variants_over_seeds_are_compared_with_the_control_of_their_seed(tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    for name, gaps in {'control': (0, 0), 'small': (0.01, 0.03), 'large': (0.2, 0.4), 'burst': (1, 1)}.items():
+        for seed, gap in enumerate(gaps, 1):
+            (tmp_path / f'{name}.{seed}').mkdir()
+            log = [dict(event='eval', iter=0, val_loss=2.0, tokens=0)] + [dict(event='train', iter=i, loss=2 + 0.1 * seed * i + gap * (1 + (i == 6))) for i in range(9)]
+            log += [dict(event='remove', iter=5, site='h.0.ln_1.qk', std={})] * (name != 'control')
+            log += [dict(event='eval', iter=9, val_loss=1.5 * seed + gap, tokens=900)] * (name != 'burst')
+            (tmp_path / f'{name}.{seed}' / 'log.jsonl').write_text('\n'.join(map(json.dumps, log)))
+    report.main([str(tmp_path), 'large'])
+    assert [[c.strip() for c in line.split('|')[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ['control', '2', '2.2500', '+0.0000', '+0.0000 to +0.0000', ''],
+        ['small', '2', '2.2700', '+0.0200', '+0.0100 to +0.0300', '+0.06 at 6'],
+        ['large', '2', '2.5500', '+0.3000', '+0.2000 to +0.4000', '+0.80 at 6'],
+        ['burst', '0 of 2', 'stopped before the end', '', '', '']] and (tmp_path / 'large.png').stat().st_size > 20_000
+    for args, message in ((['small', 'larg'], 'no run called larg.SEED; there are burst, control'), (['../nothing'], 'expected out.png RUN')):
+        with pytest.raises(SystemExit) as e:
+            report.main([str(tmp_path)][:len(args) // 2] + args)
+        assert e.value.code == 2 and message in capsys.readouterr().err
+    shutil.rmtree(tmp_path / 'control.2')
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path)])
+    assert 'holds no control.2' in capsys.readouterr().err
 
 
 def test_evaluation_compares_two_models_on_any_number_of_processes(workspace, capsys):
@@ -1121,6 +1152,18 @@ def test_the_splits_share_no_document(workspace):
     prepare.main(['stdlib', '--tokenizer=bytes', '--val_fraction=0.2'])
     splits = [{tuple(d) for d in documents_of('stdlib', s, 256) if len(d) > 300} for s in ('train', 'val')]
     assert min(map(len, splits)) > 50 and not splits[0] & splits[1]
+
+
+def test_the_packages_nearly_identical_files_are_left_out(tmp_path, monkeypatch):
+    lines = [f'line {i} of a file\n' for i in range(100)]
+    other = [f'{i} otherwise\n' for i in range(100)]
+    for name, text in {'a.py': lines, 'b.md': other, 'c.py': lines, 'd.py': ['    ' + s + '\n' for s in lines],
+                       'e.py': lines[:30] + other[50:80] + [f'new {i}\n' for i in range(140)],     # 28% of it is old
+                       'f.py': lines[:20] + other[50:70] + [f'novel {i}\n' for i in range(160)],   # 18%
+                       'g.json': ['x\n'], 'h.py': ['one line\n'], 'i.py': ['one line\n']}.items():
+        (tmp_path / name).write_text(''.join(text))
+    monkeypatch.setattr(prepare.sysconfig, 'get_paths', lambda: {'purelib': str(tmp_path)})
+    assert [os.path.basename(p) for p in prepare.package_files()] == ['a.py', 'b.md', 'f.py', 'h.py']
 
 # -----------------------------------------------------------------------------
 # Bad input: one line on stderr that says what to type, exit status 2, nothing written.

@@ -94,6 +94,7 @@ class Config:
     start_eot: int = 1060               # end-of-text's constants become the ordinary ones
     start_bos: int = 1160               # position 0's too
     taper_iters: int = 0                # a gate's way from 0 to 1; 0: abrupt
+    measure_once: bool = False          # all constants when the first site goes, not each when its own does
     aux_loss_weight: float = 0.0        # holds the std before ln_f near its mean; in a removal only
     # machine
     device: str = 'auto'                # 'cuda' if there is one, else 'cpu'
@@ -246,19 +247,21 @@ def apply_schedule(events, cfg, it, model, measured):
     """
     if not any(when <= it <= when + cfg.taper_iters for when, _, _ in events):
         return []
-    lns, sites, log, stds = model.layernorms(), model.sites(), [], None
+    lns, sites, log = model.layernorms(), model.sites(), []
+    removals = [(when, name.removesuffix('.qk').removesuffix('.v')) for when, event, name in events if event == 'remove']
+    going = {ln for when, ln in removals if (min(removals)[0] if cfg.measure_once else when) == it}
+    going = [ln for ln in going if not lns[ln].gate.any()]      # measured when its first side goes, and shared by both
+    stds = dict(zip(lns, measured())) if going else {}
+    for ln in going:
+        lns[ln].std.copy_(stds[ln])
+        for start, kind in ((cfg.start_eot, EOT), (cfg.start_bos, BOS)):
+            if 0 <= start <= it:
+                lns[ln].std[kind] = lns[ln].std[TOKEN]
     for when, event, name in events:
         if event == 'remove':
-            ln = name.removesuffix('.qk').removesuffix('.v')
             if when == it:
-                if not lns[ln].gate.any():      # measured when its first side goes, and shared by both
-                    if stds is None:
-                        stds = measured()
-                    lns[ln].std.copy_(stds[list(lns).index(ln)])
-                    for start, kind in ((cfg.start_eot, EOT), (cfg.start_bos, BOS)):
-                        if 0 <= start <= it:
-                            lns[ln].std[kind] = lns[ln].std[TOKEN]
-                log.append(dict(event='remove', iter=it, site=name, std=dict(zip(KINDS, lns[ln].std.tolist()))))
+                std = lns[name.removesuffix('.qk').removesuffix('.v')].std
+                log.append(dict(event='remove', iter=it, site=name, std=dict(zip(KINDS, std.tolist()))))
             if when <= it <= when + cfg.taper_iters:
                 sites[name].fill_(min(1.0, (it - when + 1) / max(cfg.taper_iters, 1)))
         elif when == it:

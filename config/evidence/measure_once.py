@@ -1,0 +1,2 @@
+"""All constants measured when the first site goes."""
+measure_once = True
