@@ -17,6 +17,7 @@ A text file is one document, and so is a row of .jsonl or .parquet (the field `t
 that does not grow with the corpus. Nothing stands under its final name before it is complete.
 """
 import codecs
+import copy
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +61,9 @@ class Bytes:
     def encode(self, text):
         return np.frombuffer(text.encode('utf-8', 'surrogatepass'), np.uint8).astype(np.uint16)
 
+    def copy(self):
+        return self
+
     def decode(self, ids):
         return bytes(i for i in ids if i < 256).decode('utf-8', 'replace')
 
@@ -81,6 +86,13 @@ class GPT2BPE:
             raise BadInput(f"GPT-2's BPE files cannot be had ({type(e).__name__}): tiktoken downloads them once; offline, "
                            f"point TIKTOKEN_CACHE_DIR to a copy of its cache, or use --tokenizer=bytes")
         self.decode, self.ranks = self.bpe.decode, self.bpe._mergeable_ranks
+
+    def copy(self):
+        """The same tokenizer over tables of its own: threads that share one Encoding get in each other's way (twice the CPU time)."""
+        import tiktoken
+        other, bpe = copy.copy(self), self.bpe
+        other.bpe = tiktoken.Encoding(bpe.name, pat_str=bpe._pat_str, mergeable_ranks=self.ranks, special_tokens=bpe._special_tokens)
+        return other
 
     def encode(self, text):
         """encode_ordinary(text), without the list of Python integers."""
@@ -309,11 +321,13 @@ def documents(sources):
 def encoded(pieces, tokenizer):
     """(uint16 ids, what follows), in order, encoded by all cores.
 
-    Threads are enough: tiktoken lets go of the interpreter while it encodes. What is under way is bounded.
+    Threads are enough, each with its own tokenizer: tiktoken lets go of the interpreter while it encodes. What is under way is bounded.
     """
+    own = threading.local()
+
     def ids(p):
         if isinstance(p, str):
-            return tokenizer.encode(p)
+            return own.tokenizer.encode(p)
         if not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in p):
             raise BadInput(f"a row's input_ids are not the {tokenizer.name} tokenizer's: expected integers below {tokenizer.vocab_size}")
         return np.array(p, np.uint16)
@@ -322,7 +336,7 @@ def encoded(pieces, tokenizer):
         return [(ids(p), follows) for p, follows in batch]
 
     cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(cores + 1) as pool:     # one more, because they wait for the interpreter now and then
+    with ThreadPoolExecutor(cores, initializer=lambda: setattr(own, 'tokenizer', tokenizer.copy())) as pool:
         futures, batch, size = deque(), [], 0
         for p, follows in pieces:
             batch.append((p, follows))
