@@ -1,6 +1,7 @@
 # make demo: watch a small GPT-2 lose every LayerNorm, in minutes on two CPU cores
 # make test: the tests
 # make torture: kills a run forty times, times prepare.py against the usual ways on 200 MB (minutes)
+# make evidence: the README's experiment, from nothing: about two hours on two cores; goes on where it was stopped
 # Each makes the virtual environment first if it is missing.
 
 PYTHON ?= python3
@@ -19,6 +20,25 @@ test: .venv/ready
 torture: .venv/ready
 	$(BIN)/python -m pytest -q -s -m torture test_model.py
 
+# NAME.SEED in a folder that says how long: out/evidence/300/taper.2. As many runs at once as there are cores, on one thread each
+VARIANTS := control $(filter-out control pretrain,$(basename $(notdir $(wildcard config/evidence/*.py))))
+RUNS := $(foreach s,1 2 3,$(VARIANTS:%=300/%.$s) $(foreach n,150 600,$n/control.$s $n/remove.$s)) 1200/control.1 1200/remove.1
+
+evidence: out/evidence/pretrained/done
+	OMP_NUM_THREADS=1 $(MAKE) -j$$(nproc) $(RUNS:%=out/evidence/%/done)
+	for n in 150 300 600 1200; do $(BIN)/python report.py out/evidence/$$n remove; done
+
+out/evidence/pretrained/done: .venv/ready
+	$(BIN)/python prepare.py packages --tokenizer=bytes
+	$(BIN)/python train.py config/evidence/pretrain.py
+	touch $@
+
+out/evidence/%/done:
+	rm -rf $(@D)
+	$(BIN)/python train.py config/evidence/remove.py config/evidence/$(basename $(notdir $*)).py \
+	    --max_iters=$(patsubst %/,%,$(dir $*)) --seed=$(subst .,,$(suffix $*)) --out_dir=$(@D)
+	touch $@
+
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements-dev.txt
@@ -27,4 +47,4 @@ torture: .venv/ready
 clean:
 	rm -rf .venv out data
 
-.PHONY: demo test torture clean
+.PHONY: demo test torture evidence clean
