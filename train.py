@@ -14,6 +14,7 @@ never stopped. out_dir holds ckpt.pt, log.jsonl (one JSON object a line) and, af
 import ast
 import difflib
 import fcntl
+import gc
 import glob
 import json
 import math
@@ -983,7 +984,7 @@ def main(argv=None):
     if '--help' in argv or '-h' in argv:
         print(__doc__ + '\n' + '\n'.join(f"    --{f.name}={f.default!r}" for f in KEYS.values()))
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers, status = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}, 0
     try:
         cfg, given = load_config(argv)
         if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
@@ -999,24 +1000,28 @@ def main(argv=None):
             with ExitStack() as held:
                 train(cfg, given, held)
     except BadInput as e:
+        status = 2
         if LOCAL_RANK == 0 or dist.is_initialized():    # what all find wrong at the start is told once
             print(f"train.py: {e}", file=sys.stderr)
-        sys.exit(2)
     except OSError as e:
+        status = 2
         print(f"train.py: {e.strerror or e}{f': {e.filename}' if e.filename else ''}; --init_from=resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(2)
     except Stopped as e:
+        status = 128 + e.args[1]
         if RANK == 0:
             print(f"train.py: stopped and saved before iteration {e.args[0]}; go on with the same command and --init_from=resume", file=sys.stderr)
-        sys.exit(128 + e.args[1])
     except KeyboardInterrupt:
+        status = 130
         print("train.py: interrupted; --init_from=resume goes on from the last checkpoint in out_dir", file=sys.stderr)
-        sys.exit(130)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+    if WORLD > 1:
+        gc.collect()    # a DDP that lives until the process ends, in a cycle, makes torch 2.11 abort there now and then
+    if status:
+        sys.exit(status)
 
 
 if __name__ == '__main__':
