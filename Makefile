@@ -22,7 +22,7 @@ torture: .venv/ready
 
 # NAME.SEED in a folder that says how long: out/evidence/300/taper.2. As many runs at once as there are cores, on one thread each
 VARIANTS := control $(filter-out control pretrain,$(basename $(notdir $(wildcard config/evidence/*.py))))
-RUNS := $(foreach s,1 2 3,$(VARIANTS:%=300/%.$s) $(foreach n,150 600,$n/control.$s $n/remove.$s)) 1200/control.1 1200/remove.1
+RUNS := $(foreach s,1 2 3,$(VARIANTS:%=300/%.$s)) $(foreach n,150 600 1200,$n/control.1 $n/remove.1)
 
 evidence: out/evidence/pretrained/done
 	OMP_NUM_THREADS=1 $(MAKE) -j$$(nproc) $(RUNS:%=out/evidence/%/done)

@@ -2,7 +2,7 @@
 Text -> data/NAME/{train,val}.bin: uint16 token ids, each document followed by end-of-text, and meta.json beside them.
 
     python prepare.py stdlib --tokenizer=bytes              the Python standard library's source: always there
-    python prepare.py packages --tokenizer=bytes            sources and documentation of the installed packages: 180 MB here
+    python prepare.py packages --tokenizer=bytes            sources and documentation of the installed packages
     python prepare.py openwebtext --max_tokens=600_000_000  streams just that much from the hub
     python prepare.py pile_filtered                         a preset: what the papers evaluate on (PRESETS, below)
     python prepare.py essays/ more.jsonl --name=mine        local .txt, .md, .rst, .py, .jsonl, .parquet, and folders
