@@ -408,11 +408,14 @@ def test_taper():
     cfg, _ = train.load_config(REMOVE + ['--taper_iters=4', '--max_iters=30'])
     events = train.schedule(cfg, 2)
     model = GPT2(GPT2Config(block_size=4, vocab_size=9, n_layer=2, n_head=1, n_embd=4, ln_mode='fake'))
-    gates = []
-    for it in range(14):
-        train.apply_schedule(events, cfg, it, model, lambda: torch.ones(5, 3))
+    gates, stds, log = [], [], []
+    for it in range(17):
+        log += train.apply_schedule(events, cfg, it, model, lambda: torch.tensor([[2.0, 10.0, 4.0]] * 5))
         gates.append(model.sites()['h.0.ln_2'].item())
-    assert gates == [0, 0, 0.25, 0.5, 0.75] + [1.0] * 9
+        stds.append(model.h[0].ln_2.std.tolist())
+    assert gates == [0, 0, 0.25, 0.5, 0.75] + [1.0] * 12
+    assert stds[2:] == [[2, 10, 4]] * 9 + [[2, 10, 3.5], [2, 10, 3], [2, 8, 2.5], [2, 6, 2], [2, 4, 2], [2, 2, 2]]     # the merges too
+    assert [e['iter'] for e in log if e['event'] == 'merge'] == [11, 13]
     with pytest.raises(BadInput, match='removes h.0.ln_2 twice'):
         train.check_schedule(events + events[:1], cfg, {})
     with pytest.raises(BadInput, match='outside the run of max_iters=13'):

@@ -94,7 +94,7 @@ class Config:
     start_lnf: int = 1040
     start_eot: int = 1060               # end-of-text's constants become the ordinary ones
     start_bos: int = 1160               # position 0's too
-    taper_iters: int = 0                # a gate's way from 0 to 1; 0: abrupt
+    taper_iters: int = 0                # a gate's way from 0 to 1, and a special constant's to the ordinary one; 0: abrupt
     measure_once: bool = False          # all constants when the first site goes, not each when its own does
     aux_loss_weight: float = 0.0        # holds the std before ln_f near its mean; in a removal only
     # machine
@@ -265,10 +265,13 @@ def apply_schedule(events, cfg, it, model, measured):
                 log.append(dict(event='remove', iter=it, site=name, std=dict(zip(KINDS, std.tolist()))))
             if when <= it <= when + cfg.taper_iters:
                 sites[name].fill_(min(1.0, (it - when + 1) / max(cfg.taper_iters, 1)))
-        elif when == it:
+        elif when <= it < when + max(cfg.taper_iters, 1):       # an equal part of the way in each iteration, the last one to the end
+            left = when + max(cfg.taper_iters, 1) - it
             for ln in lns.values():
-                ln.std[KINDS.index(name)] = ln.std[TOKEN]
-            log.append(dict(event='merge', iter=it, kind=name))
+                kind = KINDS.index(name)
+                ln.std[kind] = ln.std[TOKEN] if left == 1 else ln.std[kind] + (ln.std[TOKEN] - ln.std[kind]) / left
+            if when == it:
+                log.append(dict(event='merge', iter=it, kind=name))
     return log
 
 
