@@ -22,11 +22,11 @@ torture: .venv/ready
 
 # NAME.SEED in a folder that says how long: out/evidence/300/taper.2. As many runs at once as there are cores, on one thread each
 VARIANTS := control $(filter-out control pretrain,$(basename $(notdir $(wildcard config/evidence/*.py))))
-RUNS := $(foreach s,1 2 3,$(VARIANTS:%=300/%.$s)) $(foreach n,150 600 1200,$n/control.1 $n/no_special.1)
+RUNS := $(foreach s,1 2 3,$(VARIANTS:%=300/%.$s)) $(foreach n,150 600,$n/control.1 $n/no_special.1) 600/slow.1
 
 evidence: out/evidence/pretrained/done
 	OMP_NUM_THREADS=1 $(MAKE) -j$$(nproc) $(RUNS:%=out/evidence/%/done)
-	for n in 150 300 600 1200; do $(BIN)/python report.py out/evidence/$$n no_special; done
+	for n in 150 300; do $(BIN)/python report.py out/evidence/$$n no_special; done; $(BIN)/python report.py out/evidence/600 slow
 
 out/evidence/pretrained/done: .venv/ready
 	$(BIN)/python prepare.py packages --tokenizer=bytes

@@ -237,6 +237,10 @@ def picture(path, name, found):
     ax['diff'].fill_between(its * unit, diffs.min(0), diffs.max(0), color='tab:red', alpha=0.25, lw=0)
     ax['diff'].plot(its * unit, diffs.mean(0), color='tab:red', lw=1)
     ax['diff'].axhline(0, color='gray', lw=0.8)
+    top = 1.5 * np.quantile(diffs, 0.97)        # one spike would flatten the rest
+    ax['diff'].set_ylim(top=top)
+    if diffs.max() > top:
+        ax['diff'].set_title(f'peak {diffs.max():+.2f} at iteration {its[diffs.max(0).argmax()]}', fontsize=9)
     for panel in ('loss', 'diff'):
         for it, kind in events:
             ax[panel].axvline(it * unit, color=COLOURS[kind], lw=0.8, alpha=0.7, ls=':')

@@ -1,0 +1,10 @@
+"""paper.py's gaps, and no constants of their own for position 0 and end-of-text: with --max_iters=600 each site's cost shows."""
+start_ln2 = 50
+gap_ln2 = 10
+start_ln1qk = 110
+gap_ln1qk = 10
+start_ln1v = 170
+gap_ln1v = 15
+start_lnf = 260
+start_eot = 0
+start_bos = 0
