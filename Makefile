@@ -21,19 +21,21 @@ torture: .venv/ready
 	$(BIN)/python -m pytest -q -s -m torture test_model.py
 
 # NAME.SEED in a folder that says how long: out/evidence/300/taper.2. As many runs at once as there are cores, on one thread each
-VARIANTS := control $(filter-out control pretrain,$(basename $(notdir $(wildcard config/evidence/*.py))))
+VARIANTS := $(filter-out pretrain,$(basename $(notdir $(wildcard config/evidence/*.py))))
 RUNS := $(foreach s,1 2 3,$(VARIANTS:%=300/%.$s)) $(foreach n,150 600,$n/control.1 $n/no_special.1) 600/slow.1
 
 evidence: out/evidence/pretrained/done
-	OMP_NUM_THREADS=1 $(MAKE) -j$$(nproc) $(RUNS:%=out/evidence/%/done)
-	for n in 150 300; do $(BIN)/python report.py out/evidence/$$n no_special; done; $(BIN)/python report.py out/evidence/600 slow
+	-OMP_NUM_THREADS=1 $(MAKE) -k -j$$($(BIN)/python -c 'import os; print(os.cpu_count())') $(RUNS:%=out/evidence/%/done)
+	$(BIN)/python report.py out/evidence/150 && $(BIN)/python report.py out/evidence/300 remove && $(BIN)/python report.py out/evidence/600 slow
 
-out/evidence/pretrained/done: .venv/ready
-	$(BIN)/python prepare.py packages --tokenizer=bytes
-	$(BIN)/python train.py config/evidence/pretrain.py
+out/evidence/pretrained/done: | .venv/ready data/packages/meta.json
+	$(BIN)/python train.py config/evidence/pretrain.py $(if $(wildcard $(@D)/ckpt.pt),--init_from=resume)
 	touch $@
 
-out/evidence/%/done:
+data/packages/meta.json: | .venv/ready
+	$(BIN)/python prepare.py packages --tokenizer=bytes
+
+out/evidence/%/done: out/evidence/pretrained/done config/evidence/remove.py
 	rm -rf $(@D)
 	$(BIN)/python train.py config/evidence/remove.py config/evidence/$(basename $(notdir $*)).py \
 	    --max_iters=$(patsubst %/,%,$(dir $*)) --seed=$(subst .,,$(suffix $*)) --out_dir=$(@D)

@@ -14,7 +14,7 @@ Text -> data/NAME/{train,val}.bin: uint16 token ids, each document followed by e
     --val_fraction=  of the documents, drawn at random             (default: 0.01; the presets have their own)
 
 A text file is one document, and so is a row of .jsonl or .parquet (the field `text`). One pass, all cores, and memory
-that does not grow with the corpus. Nothing stands under its final name before it is complete.
+that does not grow with the corpus (packages is read twice, and its lines' hashes are kept). Nothing stands under its final name before it is complete.
 """
 import codecs
 import copy
@@ -270,7 +270,8 @@ def stdlib_files():
 def package_files():
     """Sources and documentation of the installed packages, less each file that repeats more than a quarter of earlier ones.
 
-    What is compared are sets of three consecutive lines, blank ones left out. So the splits share no near-identical files.
+    What is compared are sets of three consecutive lines, blank ones left out, with all files before it, by name. (A file that a
+    later and much longer one contains is kept, and so is the longer one.)
     """
     seen = set()
     for path in local_files(sysconfig.get_paths()['purelib'], TEXT):
@@ -299,22 +300,23 @@ def local_files(path, endings=TEXT + ROWS):
 def documents(sources):
     """(text or token ids, what follows) of all sources in order."""
     for source in sources:
-        if source in ('stdlib', 'packages'):
-            files = stdlib_files() if source == 'stdlib' else package_files()
-        elif os.path.exists(source):
+        if os.path.exists(source):
             files = local_files(source)
+        elif source in ('stdlib', 'packages'):
+            files = stdlib_files() if source == 'stdlib' else package_files()
         else:
             only = nanogpt_val() if source == 'openwebtext_val' else None
             yield from windows_or_documents(hub_dataset(PRESETS.get(source, (source,))[0], only))
             continue
-        for path in files:
-            try:
+        path = source
+        try:
+            for path in files:
                 if path.endswith(ROWS):
                     yield from windows_or_documents((jsonl_file if path.endswith('.jsonl') else parquet_file)(path))
                 else:
                     yield from text_file(path)
-            except OSError as e:
-                raise BadInput(f"cannot read {path}: {e.strerror}")
+        except OSError as e:
+            raise BadInput(f"cannot read {e.filename or path}: {e.strerror}")
 
 # -----------------------------------------------------------------------------
 

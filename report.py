@@ -130,7 +130,7 @@ linear maps only, so the logits are an exact sum of what the embeddings, heads, 
 * **Model:** {model.config.n_layer} layers, {model.config.n_head} heads, width {model.config.n_embd}, context {model.config.block_size}, vocabulary {model.config.vocab_size}
 * **Data:** {source} ({meta.get('tokenizer', 'unknown')} tokenizer); validation on {'all' if not cfg.eval_iters else cfg.eval_iters} windows of {model.config.block_size} {unit}s
 * **Training:** {cfg.max_iters:,} iterations of {cfg.batch_tokens:,} {unit}s ({cfg.max_iters * cfg.batch_tokens:,}), learning rate {cfg.learning_rate:g}, seed {cfg.seed}, {date.today()}
-* **Removal:** {schedule}{f'; each over {cfg.taper_iters} iterations' if cfg.taper_iters > 1 else ''}{f'; auxiliary loss {cfg.aux_loss_weight:g}' if cfg.aux_loss_weight else ''}
+* **Removal:** {schedule}{f'; each over {cfg.taper_iters} iterations' if cfg.taper_iters > 1 else ''}{'; all constants measured at the first' * cfg.measure_once}{f'; auxiliary loss {cfg.aux_loss_weight:g}' if cfg.aux_loss_weight else ''}
 
 ```python
 from transformers import {'AutoTokenizer, ' * tokenizer}GPT2LMHeadModel
@@ -181,15 +181,27 @@ def plot(path, runs):
 # has almost none of the batches' noise: it is the cost of the removal, iteration by iteration.
 
 def variants(folder):
-    """{NAME: {SEED: log}} of the runs FOLDER/NAME.SEED. Raises BadInput unless control.SEED is among them."""
+    """{NAME: {SEED: log}} of the runs FOLDER/NAME.SEED. Raises BadInput unless each seed has a control.SEED that reached the end."""
     found = {}
     for run in sorted(os.listdir(folder)):
         name, dot, seed = run.rpartition('.')
         if dot and seed.isdigit():
             found.setdefault(name, {})[int(seed)] = read_log(os.path.join(folder, run))
-    if lacking := sorted({s for seeds in found.values() for s in seeds} - found.get('control', {}).keys()) or ['SEED'] * (not found):
-        raise BadInput(f"{folder} holds no control.{lacking[0]}: expected runs called NAME.SEED, and control.SEED for each seed")
+    controls = complete(found).get('control', {})
+    if lacking := sorted({s for runs in found.values() for s in runs} - controls.keys()) or ['SEED'] * (not found):
+        raise BadInput(f"{folder} holds no control.{lacking[0]} that reached the end: expected runs called NAME.SEED, and control.SEED for each seed")
     return found
+
+
+def last(log):
+    """(iteration, validation loss) of the last evaluation."""
+    return [(e['iter'], e['val_loss']) for e in log if e['event'] == 'eval'][-1]
+
+
+def complete(found):
+    """Those of the runs that were evaluated as late as any of them."""
+    end = max((last(log)[0] for runs in found.values() for log in runs.values()), default=0)
+    return {name: {s: log for s, log in runs.items() if last(log)[0] == end} for name, runs in found.items()}
 
 
 def difference(log, control):
@@ -201,52 +213,56 @@ def difference(log, control):
 
 def variant_table(found):
     """A Markdown table: for each variant, over seeds, the validation loss, its gap to the control and the worst of the way there."""
-    last = lambda log: [(e['iter'], e['val_loss']) for e in log if e['event'] == 'eval'][-1]
-    end = {seed: last(log) for seed, log in found['control'].items()}
-    done = {name: {s: last(log)[1] for s, log in runs.items() if last(log)[0] == end[s][0]} for name, runs in found.items()}
+    done, control = complete(found), found['control']
     lines = ['| variant | seeds | val loss | gap | over seeds | worst on the way |', '|---|---|---|---|---|---|']
-    for name, losses in sorted(done.items(), key=lambda v: (v[0] != 'control', np.mean([*v[1].values()] or [np.inf]))):
-        seeds = f'{len(losses)} of {len(found[name])}' if len(losses) < len(found[name]) else len(losses)
-        if not losses:
+    losses = {name: [last(log)[1] for log in runs.values()] for name, runs in done.items()}
+    for name, runs in sorted(done.items(), key=lambda v: (v[0] != 'control', np.mean(losses[v[0]] or [np.inf]))):
+        seeds = f'{len(runs)} of {len(found[name])}' if len(runs) < len(found[name]) else len(runs)
+        if not runs:
             lines.append(f"| {name} | {seeds} | stopped before the end | | | |")
             continue
-        gaps = [loss - end[s][1] for s, loss in losses.items()]
-        its, diff = (np.concatenate(z) for z in zip(*(difference(found[name][s], found['control'][s]) for s in losses)))
+        gaps = [last(log)[1] - last(control[s])[1] for s, log in runs.items()]
+        its, diff = (np.concatenate(z) for z in zip(*(difference(log, control[s]) for s, log in runs.items())))
         worst = '' if name == 'control' else f'{diff.max():+.2f} at {its[diff.argmax()]}'
-        lines.append(f"| {name} | {seeds} | {np.mean([*losses.values()]):.4f} | {np.mean(gaps):+.4f} | {min(gaps):+.4f} to {max(gaps):+.4f} | {worst} |")
+        lines.append(f"| {name} | {seeds} | {np.mean(losses[name]):.4f} | {np.mean(gaps):+.4f} | {min(gaps):+.4f} to {max(gaps):+.4f} | {worst} |")
     return '\n'.join(lines)
 
 
 def picture(path, name, found):
-    """Draws into `path`, over tokens: a variant's training loss and its control's, their difference, and the latter after each kind of event."""
+    """Draws into `path`, over tokens: a variant's training loss and its control's, their difference, and that after each kind of site."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    runs, control = found[name], found['control']
-    events = [(e['iter'], e.get('site', 'x.merge').split('.', 2)[-1]) for e in next(iter(runs.values())) if e['event'] in ('remove', 'merge')]
-    total = [e for e in next(iter(runs.values())) if e['event'] == 'eval'][-1]
+    runs = complete(found)[name]
+    if not runs:
+        raise BadInput(f"no run of {name} reached the end: nothing to draw")
+    control, log = {s: found['control'][s] for s in runs}, next(iter(runs.values()))
+    events = [(e['iter'], e.get('site', 'x.merge').split('.', 2)[-1]) for e in log if e['event'] in ('remove', 'merge')]
+    total = [e for e in log if e['event'] == 'eval'][-1]
     unit = total['tokens'] / total['iter'] / 1e6
-    its = difference(*(next(iter(z.values())) for z in (runs, control)))[0]
-    loss = lambda logs: np.mean([[e['loss'] for e in log if e['event'] == 'train' and e['iter'] in set(its)] for log in logs.values()], 0)
-    diffs = np.array([difference(log, control[seed])[1] for seed, log in runs.items()])
+    its = difference(log, next(iter(control.values())))[0]
+    diffs = np.array([difference(log, control[s])[1] for s, log in runs.items()])
     fig, ax = plt.subplot_mosaic([['loss'] * 4, ['diff'] * 4, ['ln_2', 'ln_1.qk', 'ln_1.v', 'ln_f']], figsize=(9, 9), layout='constrained',
                                  height_ratios=[3, 3, 2])
-    smooth = lambda z, k=10: np.convolve(z, np.ones(k) / k, 'valid')
+    k = min(10, len(its))
+    smooth = lambda z: np.convolve(z, np.ones(k) / k, 'valid')
     for label, logs, colour in (('LayerNorm removed', runs, 'tab:red'), ('LayerNorm kept', control, 'tab:blue')):
-        ax['loss'].plot(smooth(its) * unit, smooth(loss(logs)), color=colour, lw=1.2, label=f'{label}, mean of 10 iterations and {len(runs)} seeds')
+        loss = np.mean([[e['loss'] for e in log if e['event'] == 'train' and e['iter'] in set(its)] for log in logs.values()], 0)
+        seeds = f' and {len(runs)} seeds' * (len(runs) > 1)
+        ax['loss'].plot(smooth(its) * unit, smooth(loss), color=colour, lw=1.2, label=f'{label}, mean of {k} logged iterations{seeds}')
     ax['diff'].fill_between(its * unit, diffs.min(0), diffs.max(0), color='tab:red', alpha=0.25, lw=0)
     ax['diff'].plot(its * unit, diffs.mean(0), color='tab:red', lw=1)
     ax['diff'].axhline(0, color='gray', lw=0.8)
     top = 1.5 * np.quantile(diffs, 0.97)        # one spike would flatten the rest
-    ax['diff'].set_ylim(top=top)
-    if diffs.max() > top:
+    if diffs.max() > top > 0:
+        ax['diff'].set_ylim(top=top)
         ax['diff'].set_title(f'peak {diffs.max():+.2f} at iteration {its[diffs.max(0).argmax()]}', fontsize=9)
     for panel in ('loss', 'diff'):
         for it, kind in events:
             ax[panel].axvline(it * unit, color=COLOURS[kind], lw=0.8, alpha=0.7, ls=':')
     for kind in ('ln_2', 'ln_1.qk', 'ln_1.v', 'ln_f'):      # each from the iteration before it to the next event
         for it, k in events:
-            end = min([i for i, _ in events if i > it] + [its[-1]])
+            end = min([i for i, _ in events if i > it] + [it + 30])
             here = (its >= it - 1) & (its < end)
             if k == kind:
                 ax[kind].plot(its[here] - it, diffs.mean(0)[here], color=COLOURS[kind], lw=1, marker='.', ms=3)
@@ -268,10 +284,10 @@ def main(argv=None):
     try:
         if os.path.isdir(argv[0]):
             found = variants(argv[0])
+            if unknown := [name for name in argv[1:] if name not in found]:
+                raise BadInput(f"{argv[0]} holds no run called {unknown[0]}.SEED; there are {', '.join(found)}")
             print(variant_table(found))
             for name in argv[1:]:
-                if name not in found:
-                    raise BadInput(f"{argv[0]} holds no run called {name}.SEED; there are {', '.join(found)}")
                 picture(os.path.join(argv[0], f'{name}.png'), name, found)
             return
         if len(argv) < 2:

@@ -390,11 +390,11 @@ def test_the_papers_schedule_event_by_event():
     assert std['h.3.ln_1.qk'] == std['h.3.ln_1.v'] != std['h.3.ln_2']
     assert model.fold_ln().config.ln_mode == 'none'
 
-    # measure_once: every constant from the first removal's iteration
+    # measure_once: every constant from the first removal's iteration, also of what the schedule does not have yet
     model, cfg.measure_once, calls[:] = GPT2(GPT2Config(block_size=4, vocab_size=9, n_layer=12, n_head=1, n_embd=4, ln_mode='fake')), True, []
     for it in range(1050):
-        train.apply_schedule(events, cfg, it, model, measured)
-    assert calls == [200] and model.ln_f.std.tolist() == [173, 174, 175]
+        train.apply_schedule(events if it > 1000 else [e for e in events if e[2] != 'ln_f'], cfg, it, model, measured)
+    assert calls == [200] and model.ln_f.std.tolist() == [173, 174, 175] and model.ln_f.gate == 1
 
     # a model that lost one side in an earlier run keeps that side's constant when the other goes
     model = GPT2(GPT2Config(block_size=4, vocab_size=9, n_layer=1, n_head=1, n_embd=4, ln_mode='fake'))
@@ -525,27 +525,33 @@ def test_statistics_of_an_evaluation():
 
 def test_variants_over_seeds_are_compared_with_the_control_of_their_seed(tmp_path, capsys):
     pytest.importorskip('matplotlib')
-    for name, gaps in {'control': (0, 0), 'small': (0.01, 0.03), 'large': (0.2, 0.4), 'burst': (1, 1)}.items():
+    for name, gaps in {'control': (0, 0), 'small': (0.01, 0.03), 'large': (0.2, 0.4), 'half': (0.5, 1), 'burst': (1, 1)}.items():
         for seed, gap in enumerate(gaps, 1):
             (tmp_path / f'{name}.{seed}').mkdir()
-            log = [dict(event='eval', iter=0, val_loss=2.0, tokens=0)] + [dict(event='train', iter=i, loss=2 + 0.1 * seed * i + gap * (1 + (i == 6))) for i in range(9)]
+            log = [dict(event='eval', iter=0, val_loss=2.0, tokens=0)] + [dict(event='train', iter=i, loss=2 + 0.1 * seed * i + gap * (1 + (i == 6))) for i in range(30)]
             log += [dict(event='remove', iter=5, site='h.0.ln_1.qk', std={})] * (name != 'control')
-            log += [dict(event='eval', iter=9, val_loss=1.5 * seed + gap, tokens=900)] * (name != 'burst')
+            log += [dict(event='eval', iter=30, val_loss=1.5 * seed + gap, tokens=900)] * (name != 'burst' and gap < 1)
             (tmp_path / f'{name}.{seed}' / 'log.jsonl').write_text('\n'.join(map(json.dumps, log)))
-    report.main([str(tmp_path), 'large'])
+    report.main([str(tmp_path), 'large', 'half'])
     assert [[c.strip() for c in line.split('|')[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]] == [
         ['control', '2', '2.2500', '+0.0000', '+0.0000 to +0.0000', ''],
+        ['half', '1 of 2', '2.0000', '+0.5000', '+0.5000 to +0.5000', '+1.00 at 6'],
         ['small', '2', '2.2700', '+0.0200', '+0.0100 to +0.0300', '+0.06 at 6'],
         ['large', '2', '2.5500', '+0.3000', '+0.2000 to +0.4000', '+0.80 at 6'],
-        ['burst', '0 of 2', 'stopped before the end', '', '', '']] and (tmp_path / 'large.png').stat().st_size > 20_000
-    for args, message in ((['small', 'larg'], 'no run called larg.SEED; there are burst, control'), (['../nothing'], 'expected out.png RUN')):
+        ['burst', '0 of 2', 'stopped before the end', '', '', '']]
+    assert all((tmp_path / f'{name}.png').stat().st_size > 40_000 for name in ('large', 'half'))
+
+    def refused(*args):
         with pytest.raises(SystemExit) as e:
-            report.main([str(tmp_path)][:len(args) // 2] + args)
-        assert e.value.code == 2 and message in capsys.readouterr().err
+            report.main([*map(str, args)])
+        assert e.value.code == 2
+        return capsys.readouterr().err
+    assert 'no run called larg.SEED; there are burst, control' in refused(tmp_path, 'small', 'larg') and not (tmp_path / 'small.png').exists()
+    assert 'no run of burst reached the end' in refused(tmp_path, 'burst')
+    (tmp_path / 'control.2/log.jsonl').write_text((tmp_path / 'burst.2/log.jsonl').read_text())
+    assert 'holds no control.2 that reached the end' in refused(tmp_path)
     shutil.rmtree(tmp_path / 'control.2')
-    with pytest.raises(SystemExit):
-        report.main([str(tmp_path)])
-    assert 'holds no control.2' in capsys.readouterr().err
+    assert 'holds no control.2' in refused(tmp_path)
 
 
 def test_evaluation_compares_two_models_on_any_number_of_processes(workspace, capsys):
@@ -1281,6 +1287,7 @@ TRAIN_ERRORS = [
     (TINY + ['--out_dir=run', '--init_from=resume', '--n_embd=64'], "n_embd is 64, but the model of init_from=resume has 32"),
     (TINY + ['--out_dir=run', '--init_from=resume', '--remove_ln=True'], "run/ckpt.pt is of a run with remove_ln=False"),
     (TINY + REMOVE + ['--out_dir=free', '--init_from=resume', '--start_lnf=18', '--max_iters=20'], "written under another schedule (remove ln_f at 10 is in one of them only"),
+    (TINY + REMOVE + ['--out_dir=free', '--init_from=resume', '--measure_once=True'], "or the taper or measure_once differs): resume with"),
     (TINY + REMOVE + ['--out_dir=free', '--init_from=resume', '--max_iters=14'], "max_iters is 14, but the checkpoint is of iteration 16: type --max_iters=16"),
     (TINY + ['--out_dir=run', '--init_from=resume', '--block_size=16'], "block_size is 16, but run/ckpt.pt has 32"),
     (['--out_dir=nolog', '--init_from=resume', '--dataset=tiny', '--batch_size=4', '--batch_tokens=512', '--max_iters=2'], "nolog/log.jsonl is shorter than"),

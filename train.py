@@ -216,10 +216,10 @@ def check_resume(cfg, ckpt, n_layer):
     """Raises BadInput unless the run that wrote the checkpoint and this one agree on what has happened so far."""
     it, old = ckpt['iter'], Config(**{k: v for k, v in ckpt['config'].items() if k in KEYS})
     past, now = ([e for e in schedule(c, n_layer) if e[0] < it] for c in (old, cfg))
-    if cfg.remove_ln and (past != now or past and old.taper_iters != cfg.taper_iters):
+    if cfg.remove_ln and (past != now or past and (old.taper_iters, old.measure_once) != (cfg.taper_iters, cfg.measure_once)):
         e = next((e for e in past + now if e not in past or e not in now), past[0])
         raise BadInput(f"the checkpoint of iteration {it} was written under another schedule ({e[1]} {e[2]} at {e[0]} is in one of them "
-                       f"only, or the taper differs): resume with the start_, gap_ and taper_ keys of the run itself")
+                       f"only, or the taper or measure_once differs): resume with the start_, gap_ and taper_ keys of the run itself")
     if cfg.max_iters < it:
         raise BadInput(f"max_iters is {cfg.max_iters}, but the checkpoint is of iteration {it}: type --max_iters={it} or more")
 
@@ -250,7 +250,9 @@ def apply_schedule(events, cfg, it, model, measured):
         return []
     lns, sites, log = model.layernorms(), model.sites(), []
     removals = [(when, name.removesuffix('.qk').removesuffix('.v')) for when, event, name in events if event == 'remove']
-    going = {ln for when, ln in removals if (min(removals)[0] if cfg.measure_once else when) == it}
+    going = {ln for when, ln in removals if when == it}
+    if cfg.measure_once:
+        going = set(lns) if it == min(removals)[0] else set()
     going = [ln for ln in going if not lns[ln].gate.any()]      # measured when its first side goes, and shared by both
     stds = dict(zip(lns, measured())) if going else {}
     for ln in going:
@@ -1013,6 +1015,8 @@ def main(argv=None):
         status = 128 + e.args[1]
         if RANK == 0:
             print(f"train.py: stopped and saved before iteration {e.args[0]}; go on with the same command and --init_from=resume", file=sys.stderr)
+    except SystemExit as e:     # a rank that leaves the telling to another
+        status = e.code
     except KeyboardInterrupt:
         status = 130
         print("train.py: interrupted; --init_from=resume goes on from the last checkpoint in out_dir", file=sys.stderr)

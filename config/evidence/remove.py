@@ -1,6 +1,6 @@
 """
 The evidence, 2: all 19 LayerNorm sites of pretrain.py's model go, in the manner of remove_ln_fast.py. The other files here
-change one thing each and are given after this one:
+change a thing or two and are given after this one:
 
     python train.py config/evidence/remove.py config/evidence/taper.py --seed=1 --out_dir=out/evidence/300/taper.1
 """
