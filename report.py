@@ -253,9 +253,9 @@ def picture(path, name, found):
     ax['diff'].fill_between(its * unit, diffs.min(0), diffs.max(0), color='tab:red', alpha=0.25, lw=0)
     ax['diff'].plot(its * unit, diffs.mean(0), color='tab:red', lw=1)
     ax['diff'].axhline(0, color='gray', lw=0.8)
-    top = 1.5 * np.quantile(diffs, 0.97)        # one spike would flatten the rest
-    if diffs.max() > top > 0:
-        ax['diff'].set_ylim(top=top)
+    high = np.quantile(diffs, 0.97)
+    if diffs.max() > 5 * high > 0:      # such a spike would flatten the rest
+        ax['diff'].set_ylim(top=1.5 * high)
         ax['diff'].set_title(f'peak {diffs.max():+.2f} at iteration {its[diffs.max(0).argmax()]}', fontsize=9)
     for panel in ('loss', 'diff'):
         for it, kind in events:
