@@ -1,7 +1,7 @@
 # make demo: watch a small GPT-2 lose every LayerNorm, in minutes on two CPU cores
 # make test: the tests
 # make torture: kills a run forty times, times prepare.py against the usual ways on 200 MB (minutes)
-# make evidence: the README's experiment, from nothing: about two hours on two cores; goes on where it was stopped
+# make evidence: the README's experiment, from nothing: about an hour and a half on two cores; goes on where it was stopped
 # Each makes the virtual environment first if it is missing.
 
 PYTHON ?= python3

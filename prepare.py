@@ -14,7 +14,8 @@ Text -> data/NAME/{train,val}.bin: uint16 token ids, each document followed by e
     --val_fraction=  of the documents, drawn at random             (default: 0.01; the presets have their own)
 
 A text file is one document, and so is a row of .jsonl or .parquet (the field `text`). One pass, all cores, and memory
-that does not grow with the corpus (packages is read twice, and its lines' hashes are kept). Nothing stands under its final name before it is complete.
+that does not grow with the corpus (packages is read twice, and its lines' hashes are kept). Nothing stands under its
+final name before it is complete.
 """
 import codecs
 import copy
