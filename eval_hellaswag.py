@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model import BadInput, GPT2, first_bad_token
+from model import GPT2, UserError as BadInput
 from prepare import Bytes, GPT2BPE
 
 URL = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'

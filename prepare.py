@@ -36,7 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import requests
 
-from model import BadInput
+from model import UserError as BadInput
 
 # name: (hub dataset, val_fraction); those with 1.0 are for evaluation only
 PRESETS = {

@@ -5,41 +5,46 @@ One training script for everything: from scratch, a control that keeps LayerNorm
     python train.py config/remove_ln.py --batch_size=8 --out_dir=x  any key of Config can be overridden
     torchrun --nproc_per_node=8 train.py config/remove_ln.py        the paper's run on 8 GPUs
     python train.py config/remove_ln.py --init_from=resume          goes on from out_dir/ckpt.pt
-    python train.py --help                                          every key with its default
+    python train.py config/remove_ln.py config/control.py           its control: config files stack
 
-A run is a pure function of its config: which site loses its LayerNorm when, the learning rate and the batch all follow
-from the iteration number, so any number of processes sees the same global batch, and a resumed run continues as if
-never stopped. out_dir holds ckpt.pt, log.jsonl (one JSON object a line) and, after a removal, hf/: the LN-free model.
+A run is a pure function of its config: which site loses its LayerNorm when, the learning rate and the batch follow from
+the iteration number. So any number of processes sees the same global batch, and a resumed run continues as if never
+stopped. out_dir holds ckpt.pt, log.jsonl (one JSON object a line) and, after a removal, hf/: the LN-free model.
+The keys, with their defaults, are the fields of Config below.
 """
 import ast
 import difflib
-import fcntl
 import gc
 import glob
+import hashlib
 import json
 import math
 import os
-import re
+import pickle
 import shutil
 import signal
 import sys
 import time
 import warnings
-import weakref
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
+from datetime import date
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import report
-from model import BOS, EOT, KINDS, TOKEN, BadInput, GPT2, GPT2Config, export, first_bad_token, load_checkpoint, save_checkpoint
-from prepare import get_tokenizer, tokenizer_files
+try:
+    import fcntl
+except ImportError:         # Windows
+    fcntl = None
+
+from model import (BOS, EOT, KINDS, TOKEN, GPT2, GPT2Config, UserError, check, command, companions, load_checkpoint,
+                   one_line, save_checkpoint, trouble, write)
+from prepare import fingerprint, get_tokenizer, tokenizer_files, vocabulary
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 
@@ -49,27 +54,25 @@ class Config:
     # in and out
     out_dir: str = 'out'
     dataset: str = 'openwebtext'        # data/NAME/{train,val}.bin, which prepare.py writes
-    init_from: str = 'scratch'          # 'scratch', 'resume', a hub id ('gpt2'), a Hugging Face folder, a run's out_dir
-    control: str = ''                   # the model that kept LN, to compare with: a removal's summary takes a run's out_dir,
-                                        # an evaluation a hub id, a folder or an out_dir
+    init_from: str = 'scratch'          # 'scratch', 'resume', a hub id ('gpt2'), a Hugging Face folder, an out_dir
+    control: str = ''                   # the out_dir of the run that kept LN; in an evaluation, any model
     eval_interval: int = 100            # iterations; a checkpoint is written after each evaluation
     eval_iters: int = 400               # windows of block_size tokens, evenly spaced over val.bin; 0: all of it
-    eval_only: bool = False             # evaluate once, write nothing
-    bench: bool = False                 # time max_iters steps on synthetic tokens (with eval_only: forward passes), write nothing
-    versus: str = ''                    # a second setting to time in turns with the first: 'ln_mode=real compile=False'
+    eval_only: bool = False             # evaluate init_from, write nothing
     log_interval: int = 10
     wandb_log: bool = False
     wandb_project: str = 'remove-ln'
-    wandb_run_name: str = ''
-    # model; all but dropout only from scratch (otherwise they are the loaded model's, and a smaller block_size crops it)
+    wandb_run_name: str = ''            # '': out_dir
+    # model; from scratch only, but for dropout and a block_size that crops a loaded model's context
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     block_size: int = 1024
+    vocab_size: int = 0                 # 0: the data's
     dropout: float = 0.0
     ln_mode: str = 'real'               # 'real' or 'none'; remove_ln makes it 'fake'
     # batch
-    batch_size: int = 12                # sequences of a micro-step on one process
+    batch_size: int = 12                # sequences of a micro-step on one process: speed and memory, not the result
     batch_tokens: int = 480 * 1024      # tokens of an iteration, over all processes and micro-steps
     seed: int = 1337
     # AdamW, warm-up, cosine
@@ -83,7 +86,7 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0              # 0: off
-    # LayerNorm removal, in iterations: layer i's ln_2 goes at start_ln2 + i * gap_ln2, and so on; a start of -1: never
+    # LayerNorm removal, in iterations: layer i loses ln_2 at start_ln2 + i * gap_ln2, and so on; a start of -1: never
     remove_ln: bool = False
     start_ln2: int = 200
     gap_ln2: int = 20
@@ -92,90 +95,98 @@ class Config:
     start_ln1v: int = 680
     gap_ln1v: int = 30
     start_lnf: int = 1040
-    start_eot: int = 1060               # end-of-text's constants become the ordinary ones
-    start_bos: int = 1160               # position 0's too
-    taper_iters: int = 0                # a gate's way from 0 to 1, and a special constant's to the ordinary one; 0: abrupt
-    measure_once: bool = False          # all constants when the first site goes, not each when its own does
+    start_eot: int = 0                  # when end-of-text's constants become the ordinary ones; 0: they always are
+    start_bos: int = 0                  # position 0's
+    taper_iters: int = 0                # how long a gate takes from 0 to 1, and a merge; 0: abrupt
     aux_loss_weight: float = 0.0        # holds the std before ln_f near its mean; in a removal only
     # machine
-    device: str = 'auto'                # 'cuda' if there is one, else 'cpu'
-    dtype: str = 'auto'                 # of the forward pass: 'bfloat16' on CUDA where it is native, else 'float32'
-    compile: bool | str | None = None   # 'blocks': each block by itself, which is sooner compiled; None: on CUDA
-    gradient_checkpointing: bool = False    # keep one activation a block and compute the rest again: less memory, a third slower
-    # a guard against divergence: a loss that stays guard_nats above its lowest level for guard_patience iterations ends the run
+    device: str = 'auto'                # 'cuda' if there is one, else 'cpu'; 'mps'
+    dtype: str = 'auto'                 # of the forward pass: bfloat16 on CUDA where it is native, else float32
+    compile: bool | None = None         # None: on CUDA
+    gradient_checkpointing: bool = False    # keep a block's input, compute the rest again: less memory, a third slower
+    # a loss that stays guard_nats above its lowest level for guard_patience iterations, or is there at the end, has
+    # diverged: the run stops and the checkpoint of before is kept
     guard_nats: float = 2.0             # 0: off
     guard_patience: int = 50
 
 
-KEYS = {f.name: f for f in fields(Config)}
-RANGES = [('eval_interval log_interval n_layer n_head n_embd block_size batch_size batch_tokens max_iters', 1, math.inf),
-          ('eval_iters seed warmup_iters lr_decay_iters taper_iters', 0, math.inf),
-          ('learning_rate min_lr weight_decay grad_clip aux_loss_weight guard_nats guard_patience', 0, math.inf),
-          ('dropout beta1 beta2', 0, 1),
-          ('start_ln2 start_ln1qk start_ln1v start_lnf start_eot start_bos', -1, math.inf)]
-
-
 def load_config(argv):
-    """A config file's assignments, then --key=value in order -> (Config, the keys that were given).
+    """Config files and --key=value, in order, the later one wins -> (Config, the keys that were given).
 
-    A config file is read, not executed: each line is `name = value`, where value may be arithmetic on numbers and on
-    names assigned above it. Raises BadInput for anything else.
+    A config file is Python that assigns keys; it knows the defaults and what files before it assigned.
+    Modules, functions and names with an underscore in front are its own. Raises UserError.
     """
-    values = {}
+    keys, given = {f.name: f for f in fields(Config)}, {}
 
     def put(where, name, value):
-        if name not in KEYS:
-            near = difflib.get_close_matches(name, KEYS, 1, 0)
-            raise BadInput(f"{where}: unknown key {name!r}; the nearest known one is {near[0]!r}")
-        want = KEYS[name].type
-        if want is float and type(value) is int:
-            value = float(value)
-        if not isinstance(value, want) or (want is int and isinstance(value, bool)):
-            kind = getattr(want, '__name__', want)
-            raise BadInput(f"{where}: {name} is {value!r}; expected {kind}, like {name}={KEYS[name].default!r}")
-        values[name] = value
+        if name not in keys:
+            near = difflib.get_close_matches(name, keys, 1, 0)[0]
+            raise UserError(f"{where}: unknown key {name!r}; the nearest known one is {near!r}")
+        want, example = keys[name].type, keys[name].default
+        value = float(value) if want is float and type(value) is int else value
+        if not isinstance(value, want) or want is int and isinstance(value, bool):
+            raise UserError(f"{where}: {name} is {value!r}; expected "
+                            f"{getattr(want, '__name__', want)}, like {name}={example!r}")
+        given[name] = os.path.expanduser(value) if isinstance(value, str) else value
 
     for arg in argv:
         if arg.startswith('--'):
             name, eq, text = arg[2:].partition('=')
-            if not eq:
-                raise BadInput(f"{arg}: expected --key=value")
-            try:
-                value = text if name in KEYS and KEYS[name].type is str else ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                value = text
+            check(eq, f"{arg}: expected --key=value")
+            value = text
+            if name in keys and keys[name].type is not str:
+                with suppress(ValueError, SyntaxError):     # what is no literal is a text
+                    value = ast.literal_eval(text)
             put(arg, name, value)
             continue
+        known = {f.name: f.default for f in fields(Config)} | given
+        found = {'__file__': os.path.abspath(arg), **known}
         try:
-            with open(arg) as f:
-                statements = ast.parse(f.read()).body
-        except OSError:
-            raise BadInput(f"no config file {arg}; there are: {', '.join(sorted(glob.glob('config/*.py')))}")
-        except (SyntaxError, ValueError) as e:
-            raise BadInput(f"{arg}: not a config file: {e}")
-        for s in statements:
-            if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant):   # the docstring
-                continue
-            if not (isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name) and all(
-                    isinstance(n, (ast.Constant, ast.BinOp, ast.UnaryOp, ast.Name, ast.operator, ast.unaryop, ast.Load))
-                    for n in ast.walk(s.value))):
-                raise BadInput(f"{arg}, line {s.lineno}: expected `name = value`, got {ast.unparse(s)!r}")
-            try:
-                value = eval(compile(ast.Expression(s.value), arg, 'eval'), {'__builtins__': {}}, values)
-            except Exception as e:
-                raise BadInput(f"{arg}, line {s.lineno}: {ast.unparse(s)!r}: {e}")
-            put(f'{arg}, line {s.lineno}', s.targets[0].id, value)
-    cfg = Config(**values)
-    for names, low, high in RANGES:
+            with open(arg, encoding='utf-8') as f:
+                exec(compile(f.read(), arg, 'exec'), found)
+        except FileNotFoundError:
+            there = ', '.join(sorted(glob.glob('config/*.py')))
+            raise UserError(f"no config file {arg}; there are: {there}")
+        except Exception as e:      # it is a program, and may fail in any way
+            raise UserError(f"{arg}: {type(e).__name__}: {one_line(e)}")
+        for name, value in found.items():
+            own = name.startswith('_') or callable(value) or isinstance(value, type(ast))
+            if not own and (name not in known or value is not known[name]):
+                put(arg, name, value)
+    return Config(**given), set(given)
+
+
+LIMITS = [(1, math.inf, 'eval_interval log_interval n_layer n_head n_embd block_size batch_size '
+                        'batch_tokens max_iters'),
+          (0, math.inf, 'eval_iters seed warmup_iters lr_decay_iters taper_iters learning_rate '
+                        'min_lr weight_decay grad_clip aux_loss_weight guard_nats guard_patience'),
+          (0, 65537, 'vocab_size'),     # token ids are uint16
+          (0, 1, 'dropout beta1 beta2'),
+          (-1, math.inf, 'start_ln2 start_ln1qk start_ln1v start_lnf start_eot start_bos')]
+
+
+def check_config(cfg):
+    """Raises UserError for values out of range, or keys that contradict each other."""
+    for low, high, names in LIMITS:
         for name in names.split():
-            if not low <= getattr(cfg, name) < high:
-                raise BadInput(f"{name} is {getattr(cfg, name)}; expected at least {low}" + f" and less than {high}" * (high < math.inf))
-    for name, good in (('dtype', ('auto', 'float32', 'bfloat16')), ('compile', (True, False, None, 'blocks')),
-                       ('ln_mode', ('real', 'none', 'fake') if cfg.bench else ('real', 'none'))):
-        if getattr(cfg, name) not in good:
-            raise BadInput(f"{name} is {getattr(cfg, name)!r}; expected one of {', '.join(map(str, good))}"
-                           + (" ('fake' comes with --remove_ln=True)" if cfg.ln_mode == 'fake' else ''))
-    return cfg, set(values)
+            value = getattr(cfg, name)
+            check(low <= value < high, f"{name} is {value}; expected at least {low}"
+                                       + f" and below {high}" * (high < math.inf))
+    for name, good in (('dtype', ('auto', 'float32', 'bfloat16')), ('ln_mode', ('real', 'none'))):
+        check(getattr(cfg, name) in good, f"{name} is {getattr(cfg, name)!r}; expected one of {good}"
+                                          f"{' (remove_ln makes it fake)' * (name == 'ln_mode')}")
+    device = cfg.device.split(':')[0]
+    usable = {'auto': True, 'cpu': True, 'cuda': torch.cuda.is_available(),
+              'mps': torch.backends.mps.is_available()}.get(device)
+    check(usable, f"device is {cfg.device!r}, which cannot be used here: type --device=cpu")
+    if cfg.decay_lr and not cfg.eval_only:
+        lr, low, warmup, end = cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, cfg.lr_decay_iters
+        check(low <= lr, f"min_lr={low:g} is above learning_rate={lr:g}, so the rate would climb: "
+                         f"give both, or --decay_lr=False")
+        check(warmup <= cfg.max_iters, f"warmup_iters={warmup} is beyond the run of max_iters="
+                                       f"{cfg.max_iters}: give both")
+        check(not end or warmup < end, f"lr_decay_iters={end} is before the end of the warm-up, "
+                                       f"warmup_iters={warmup}: give both")
 
 # -----------------------------------------------------------------------------
 # The removal: what happens when, and what happens then.
@@ -183,105 +194,128 @@ def load_config(argv):
 def schedule(cfg, n_layer):
     """Every event of a removal, in order: [(iteration, 'remove', site) or (iteration, 'merge', kind)].
 
-    The order of removal is this function: edit it for an order that the start_ and gap_ keys cannot express.
+    The order of removal is this function: edit it for what the start_ and gap_ keys cannot express.
     """
-    groups = [(cfg.start_ln2, cfg.gap_ln2, 'ln_2'), (cfg.start_ln1qk, cfg.gap_ln1qk, 'ln_1.qk'), (cfg.start_ln1v, cfg.gap_ln1v, 'ln_1.v')]
-    events = [(start + i * gap, 'remove', f'h.{i}.{side}') for start, gap, side in groups if start >= 0 for i in range(n_layer)]
-    events += [(cfg.start_lnf, 'remove', 'ln_f'), (cfg.start_eot, 'merge', 'eot'), (cfg.start_bos, 'merge', 'bos')]
+    groups = [(cfg.start_ln2, cfg.gap_ln2, 'ln_2'), (cfg.start_ln1qk, cfg.gap_ln1qk, 'ln_1.qk'),
+              (cfg.start_ln1v, cfg.gap_ln1v, 'ln_1.v')]
+    events = [(start + i * gap, 'remove', f'h.{i}.{side}')
+              for start, gap, side in groups if start >= 0 for i in range(n_layer)]
+    events += [(cfg.start_lnf, 'remove', 'ln_f')]
+    events += [(cfg.start_eot, 'merge', 'eot'), (cfg.start_bos, 'merge', 'bos')]
     return sorted((e for e in events if e[0] != -1), key=lambda e: e[0])
 
 
+def ln_of(site):
+    """The LayerNorm of a site: h.0.ln_1.qk -> h.0.ln_1."""
+    return site.removesuffix('.qk').removesuffix('.v')
+
+
 def check_schedule(events, cfg, gates):
-    """Raises BadInput for a schedule that cannot run, or not on a model with these gates, {site: float}."""
-    length = max(cfg.taper_iters - 1, 0)        # a site that starts at i is fully removed at i + length
-    removals = {}
+    """Raises UserError for a schedule that cannot run, or not on a model with these gates."""
+    last = max(cfg.taper_iters - 1, 0)      # what begins at iteration i is complete at i + last
     for it, event, name in events:
-        if event == 'remove' and name in removals:      # schedule() is there to be edited
-            raise BadInput(f"the schedule removes {name} twice, at iterations {removals[name]} and {it}")
-        if it < 0 or it + length >= cfg.max_iters:
-            raise BadInput(f"the schedule has {event} {name} at iteration {it}{f' to {it + length}' if length else ''}, outside "
-                           f"the run of max_iters={cfg.max_iters}: change max_iters or the start_ and gap_ keys")
-        if event == 'remove':
-            removals[name] = it
-    if not removals:
-        raise BadInput("remove_ln=True, but every start_ key is -1: nothing would be removed")
+        check(0 <= it and it + last < cfg.max_iters, f"the schedule has {event} {name} at iterations "
+              f"{it} to {it + last}, outside the run of max_iters={cfg.max_iters}: change max_iters, "
+              f"taper_iters or the start_ and gap_ keys")
+    removed = [name for _, event, name in events if event == 'remove']
+    check(removed, "remove_ln=True, but every start_ key is -1: nothing would be removed")
+    twice = [name for name in removed if removed.count(name) > 1]       # schedule() invites editing
+    check(not twice, f"the schedule removes {' '.join(twice[:1])} twice")
     for site, gate in gates.items():
-        if gate > 0 and site in removals:
-            raise BadInput(f"the schedule asks for {site}, which the model of init_from={cfg.init_from} has lost already")
-        if 0 < gate < 1:
-            raise BadInput(f"the model of init_from={cfg.init_from} was left in the taper of {site}: resume that run instead")
-
-
-def check_resume(cfg, ckpt, n_layer):
-    """Raises BadInput unless the run that wrote the checkpoint and this one agree on what has happened so far."""
-    it, old = ckpt['iter'], Config(**{k: v for k, v in ckpt['config'].items() if k in KEYS})
-    past, now = ([e for e in schedule(c, n_layer) if e[0] < it] for c in (old, cfg))
-    if cfg.remove_ln and (past != now or past and (old.taper_iters, old.measure_once) != (cfg.taper_iters, cfg.measure_once)):
-        e = next((e for e in past + now if e not in past or e not in now), past[0])
-        raise BadInput(f"the checkpoint of iteration {it} was written under another schedule ({e[1]} {e[2]} at {e[0]} is in one of them "
-                       f"only, or the taper or measure_once differs): resume with the start_, gap_ and taper_ keys of the run itself")
-    if cfg.max_iters < it:
-        raise BadInput(f"max_iters is {cfg.max_iters}, but the checkpoint is of iteration {it}: type --max_iters={it} or more")
+        check(gate in (0, 1), f"the model of init_from={cfg.init_from} was left while {site} faded: "
+                              f"resume that run instead")
+        check(gate == 0 or site not in removed, f"the schedule removes {site}, which the model of "
+                                                f"init_from={cfg.init_from} has lost already")
 
 
 @torch.no_grad()
 def measure(evaluator, kinds, batches):
-    """The constants: for each LN and kind of token, the mean over tokens of sqrt(var + eps) -> (n_LN, 3) float64.
+    """The constants: for each LN and kind of token, the mean of sqrt(var + eps) -> (n_LN, 3) float64.
 
-    batches: (x, y) micro-batches of this rank. The average is over the tokens of all ranks. A kind that these tokens
-    lack takes the ordinary constant.
+    batches: (x, y) micro-batches of this rank, y -1 where a token does not count. The average is over
+    the tokens of all ranks. A kind that these tokens lack takes the ordinary constant.
     """
     sums = counts = 0
     for x, y in batches:
         stds = torch.stack(evaluator(x)[2]).cpu().double()                          # (n_LN, B, T)
-        onehot = (kinds(x).cpu()[..., None] == torch.arange(len(KINDS))).double()   # (B, T, 3)
-        sums, counts = sums + torch.einsum('lbt,btk->lk', stds, onehot), counts + onehot.sum((0, 1))
+        onehot = F.one_hot(kinds(x).cpu(), len(KINDS)) * (y.cpu() != -1)[..., None].double()    # (B, T, 3)
+        sums = sums + torch.einsum('lbt,btk->lk', stds, onehot)
+        counts = counts + onehot.sum((0, 1))
     sums, counts = all_reduce(sums), all_reduce(counts)
     mean = sums / counts.clamp(min=1)
     return torch.where(counts > 0, mean, mean[:, TOKEN:TOKEN + 1])
 
 
 def apply_schedule(events, cfg, it, model, measured):
-    """Brings the gates and constants to where they belong in iteration it; returns the events to log.
+    """Brings the gates and constants to where they belong in iteration it; returns what to log.
 
     measured: a function that gives the constants, called only in an iteration that needs them.
     """
-    if not any(when <= it <= when + cfg.taper_iters for when, _, _ in events):
+    n = max(cfg.taper_iters, 1)
+    due = [e for e in events if e[0] <= it <= e[0] + n]
+    if not due:
         return []
     lns, sites, log = model.layernorms(), model.sites(), []
-    removals = [(when, name.removesuffix('.qk').removesuffix('.v')) for when, event, name in events if event == 'remove']
-    going = {ln for when, ln in removals if when == it}
-    if cfg.measure_once:
-        going = set(lns) if it == min(removals)[0] else set()
-    going = [ln for ln in going if not lns[ln].gate.any()]      # measured when its first side goes, and shared by both
+    going = {ln_of(name) for when, event, name in due if event == 'remove' and when == it}
+    # measured when the first side goes, and shared by both
+    going = [ln for ln in lns if ln in going and not lns[ln].gate.any()]
     stds = dict(zip(lns, measured())) if going else {}
     for ln in going:
         lns[ln].std.copy_(stds[ln])
         for start, kind in ((cfg.start_eot, EOT), (cfg.start_bos, BOS)):
             if 0 <= start <= it:
                 lns[ln].std[kind] = lns[ln].std[TOKEN]
-    for when, event, name in events:
+    for when, event, name in due:
+        left = when + n - it            # iterations until it is complete, this one counted
         if event == 'remove':
+            sites[name].fill_(1 - max(left - 1, 0) / n)
             if when == it:
-                std = lns[name.removesuffix('.qk').removesuffix('.v')].std
-                log.append(dict(event='remove', iter=it, site=name, std=dict(zip(KINDS, std.tolist()))))
-            if when <= it <= when + cfg.taper_iters:
-                sites[name].fill_(min(1.0, (it - when + 1) / max(cfg.taper_iters, 1)))
-        elif when <= it < when + max(cfg.taper_iters, 1):       # an equal part of the way in each iteration, the last one to the end
-            left = when + max(cfg.taper_iters, 1) - it
+                std = dict(zip(KINDS, lns[ln_of(name)].std.tolist()))
+                log.append(dict(event='remove', iter=it, site=name, std=std))
+        elif left > 0:                  # an equal part of the way each time, the last one to the end
             for ln in lns.values():
-                kind = KINDS.index(name)
-                ln.std[kind] = ln.std[TOKEN] if left == 1 else ln.std[kind] + (ln.std[TOKEN] - ln.std[kind]) / left
+                std, kind = ln.std, KINDS.index(name)
+                std[kind] += (std[TOKEN] - std[kind]) / left
+                if left == 1:
+                    std[kind] = std[TOKEN]
             if when == it:
                 log.append(dict(event='merge', iter=it, kind=name))
     return log
 
 
+STEEP = 5       # how much what a token feeds may grow within one iteration, without a warning
+
+
+def warnings_of(events, cfg, ratios):
+    """What the schedule will do to a giant vector, told before it happens: a list of lines.
+
+    Where the std of position 0 or end-of-text is r times the ordinary one, giving it the ordinary
+    constant multiplies what it feeds by r: at once, or by up to 1 + (r - 1) / n in an iteration of a
+    fade over n. ratios: {kind: {LN: r}}.
+    """
+    told, n = [], max(cfg.taper_iters, 1)
+    for kind, start in (('bos', cfg.start_bos), ('eot', cfg.start_eot)):
+        # a site that goes after the merge takes the ordinary constant as it goes, the others in the merge
+        steps = [(max(when, start), ratios[kind][ln_of(name)], ln_of(name)) for when, event, name in events
+                 if event == 'remove' and start >= 0 and 1 + (ratios[kind][ln_of(name)] - 1) / n > STEEP]
+        if steps:
+            it, r, ln = max(steps, key=lambda s: s[1])
+            told.append(f"warning: at iteration {min(steps)[0]} the schedule multiplies what "
+                        f"{'position 0' if kind == 'bos' else 'end-of-text'} feeds by up to "
+                        f"{1 + (r - 1) / n:.0f} within one iteration (its std is {r:.0f} times the "
+                        f"ordinary one before {ln}): type --taper_iters={math.ceil((r - 1) / 2)} "
+                        f"to fade it, or move start_{kind}")
+    return told
+
+
 def spread(std, mask):
-    """The auxiliary loss: how far std (B, T) lies from its mean over the tokens of the mask, squared, on average."""
-    n = mask.sum()
-    mean = (std.detach() * mask).sum() / n
-    return ((std - mean).square() * mask).sum() / n
+    """The auxiliary loss: how far std (B, T) is from its mean over the masked tokens, squared.
+
+    Mean and average are taken in each sequence, so that batch_size and ranks do not change them.
+    """
+    n = mask.sum(1).clamp(min=1)
+    mean = (std.detach() * mask).sum(1) / n
+    return (((std - mean[:, None]).square() * mask).sum(1) / n).mean()
 
 # -----------------------------------------------------------------------------
 # Data.
@@ -290,54 +324,60 @@ class Data:
     """data/NAME/{train,val}.bin, mapped, not read. Batches are a pure function of (seed, iteration)."""
 
     def __init__(self, cfg, device):
-        self.cfg, self.device = cfg, device
-        self.dir = os.path.join('data', cfg.dataset)
+        self.cfg, self.device, self.dir = cfg, device, os.path.join('data', cfg.dataset)
+        path, theirs = (os.path.join(self.dir, name) for name in ('meta.json', 'meta.pkl'))
+        self.meta = {}          # bins of another program: their tokenizer is not known
         try:
-            with open(os.path.join(self.dir, 'meta.json')) as f:
-                self.meta = json.load(f)
-        except FileNotFoundError:
-            self.meta = {}      # bins that somebody else's script wrote: their tokenizer is not known
-            return
-        except ValueError as e:
-            raise BadInput(f"{self.dir}/meta.json is not JSON ({e}): run prepare.py again")
-        try:
-            ok = self.meta['tokenizer'] in ('gpt2', 'bytes') and 0 <= self.meta['eot'] < self.meta['vocab_size']
-            ok = ok and all(self.meta[split]['tokens'] >= 0 for split in ('train', 'val')) and type(self.meta.get('window', 2)) is int and self.meta.get('window', 2) > 1
-        except (TypeError, KeyError):
-            ok = False
-        if not ok:
-            raise BadInput(f"{self.dir}/meta.json does not name the tokenizer and the counts as prepare.py does: run it again")
+            if os.path.exists(path):
+                with open(path, encoding='utf-8-sig') as f:
+                    self.meta = json.load(f)
+                n, eot = self.meta['vocab_size'], self.meta['eot']
+                assert 0 < n <= 65536 and (eot is None or 0 <= eot < n) and self.meta['tokenizer'] + ''
+                assert all(self.meta[split]['tokens'] >= 0 for split in ('train', 'val'))
+                assert type(self.meta.get('window', 2)) is int and self.meta.get('window', 2) > 1
+            elif os.path.exists(theirs):    # nanoGPT's, of a vocabulary of characters
+                with open(theirs, 'rb') as f:
+                    unpickler = pickle.Unpickler(f)
+                    unpickler.find_class = None     # runs no code: numbers and texts need none
+                    n = int(unpickler.load()['vocab_size'])
+                self.meta = {'vocab_size': n, 'eot': None, 'tokenizer': 'unknown'}
+        except (AssertionError, ValueError, TypeError, KeyError, AttributeError, EOFError,
+                pickle.UnpicklingError) as e:
+            raise UserError(f"the meta file in {self.dir} does not name the tokenizer and the counts "
+                            f"as prepare.py does ({type(e).__name__}): run it again")
 
     @property
-    def unit(self):
+    def noun(self):
         return 'byte' if self.meta.get('tokenizer') == 'bytes' else 'token'
 
     def open(self, vocab_size, splits):
-        """Maps the splits, for a model with vocab_size tokens. Raises BadInput if they do not fit it."""
-        known, T = self.meta.get('vocab_size', vocab_size), self.cfg.block_size
-        if not known <= vocab_size < known + 128:       # some pad the vocabulary to a multiple of 64 or 128
-            raise BadInput(f"{self.dir} was written with the {self.meta['tokenizer']!r} tokenizer ({known} tokens), "
-                           f"but the model has {vocab_size}: prepare the data with the model's own tokenizer")
+        """Maps the splits, for a model with vocab_size tokens. Raises UserError if they do not fit."""
+        T, name = self.cfg.block_size, self.meta.get('tokenizer')
+        n = self.meta.get('vocab_size', vocab_size)
+        # some pad the vocabulary to a multiple of 64 or 128, or add tokens of their own
+        check(n <= vocab_size < n + 128 or n <= vocab_size and name == 'unknown',
+              f"{self.dir} was written with {n} tokens (tokenizer {name}), but the model has "
+              f"{vocab_size}: prepare it with the model's own, prepare.py ... --tokenizer=MODEL")
         self.vocab_size = vocab_size
         for split in splits:
             path = os.path.join(self.dir, f'{split}.bin')
-            if not os.path.exists(path):
-                raise BadInput(f"no {path}: make it with `python prepare.py {self.cfg.dataset}`")
-            size = os.path.getsize(path)
-            if size % 2:
-                raise BadInput(f"{path} has an odd number of bytes ({size}), expected uint16 tokens: run prepare.py again")
-            if size // 2 != self.meta.get(split, {}).get('tokens', size // 2):
-                raise BadInput(f"{path} has {size // 2} tokens, meta.json says {self.meta[split]['tokens']}: run prepare.py again")
-            if size // 2 < T + 1:
-                raise BadInput(f"{path} has {size // 2} tokens, less than one window of block_size + 1 = {T + 1}: "
-                               f"prepare more text, with a larger --val_fraction if it is val.bin")
-            setattr(self, split, np.memmap(path, dtype=np.uint16, mode='r'))
-            self._check(getattr(self, split)[:1 << 20])     # a look at the beginning; every batch is checked too
+            check(os.path.exists(path), f"no {path}: type python prepare.py {self.cfg.dataset}")
+            n, odd = divmod(os.path.getsize(path), 2)
+            want = self.meta.get(split, {}).get('tokens', n)
+            check(not odd and n == want, f"{path} has {n + odd / 2:g} tokens, expected {want}: it is "
+                                         f"damaged or not uint16, run prepare.py again")
+            check(n > T, f"{path} has {n} tokens, less than one window of block_size + 1 = {T + 1}: "
+                         f"prepare more text, with a larger --val_fraction if it is val.bin")
+            ids = np.memmap(path, dtype=np.uint16, mode='r')
+            self._check(ids[:1 << 20])      # a look at the beginning; every batch is checked too
+            check(self.meta or ids[1:1 << 16:2].any(), f"{path} seems to hold 32-bit numbers, for every "
+                                                       f"other uint16 is 0: run prepare.py")
+            setattr(self, split, ids)
 
     def _check(self, ids):
         if ids.max() >= self.vocab_size:
-            raise BadInput(f"{self.dir} holds token id {ids.max()}, but the model's vocabulary ends at {self.vocab_size - 1}: "
-                           f"prepare the data with the model's own tokenizer")
+            raise UserError(f"{self.dir} holds token id {ids.max()}, but the model's vocabulary ends at "
+                            f"{self.vocab_size - 1}: prepare it with the model's own tokenizer")
 
     def _to_device(self, rows):
         self._check(rows)
@@ -345,14 +385,15 @@ class Data:
         # contiguous, because a graph is compiled for its inputs' strides too
         x, y = (torch.from_numpy(np.ascontiguousarray(r)) for r in (rows[:, :-1], rows[:, 1:]))
         if self.device.startswith('cuda'):
-            x, y = (t.pin_memory().to(self.device, non_blocking=True) for t in (x, y))
-        return x, y
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def batch(self, it, micro):
-        """Micro-batch number `micro` of iteration it, counted over all ranks: x, y (batch_size, block_size)."""
+        """Micro-batch `micro` of iteration it, counted over all ranks: x, y (batch_size, block_size)."""
         B, T = self.cfg.batch_size, self.cfg.block_size
-        starts = np.random.default_rng([self.cfg.seed, it]).integers(len(self.train) - T, size=self.cfg.batch_tokens // T)
-        return self._to_device(np.stack([self.train[s:s + T + 1] for s in starts[micro * B:(micro + 1) * B]]))
+        rng = np.random.default_rng([self.cfg.seed, it])
+        starts = rng.integers(len(self.train) - T, size=self.cfg.batch_tokens // T)
+        return self._to_device(np.stack([self.train[s:s + T + 1] for s in starts[micro * B:][:B]]))
 
     def starts(self):
         """The first token of each validation window."""
@@ -361,26 +402,29 @@ class Data:
         return np.arange(k) * n // k * self.cfg.block_size
 
     def windows(self):
-        """The validation windows: their number, and this rank's share of them as (first, x, y), y being -1 beyond the end.
+        """This rank's share of the validation windows: (number of the first, x, y), y -1 past the end.
 
-        Windows start at multiples of block_size, so that each token is predicted once; the last may be partial. If the
-        bin is made of windows that were cut elsewhere (prepare.py), the first token of each is not predicted: what
-        stands before it is another text. (With a block_size that does not divide theirs, contexts still span a cut.)
+        Windows start at multiples of block_size, so that each token is predicted once; the last may
+        be partial. Where the bin is made of windows that were cut elsewhere, the first token of each
+        is not predicted: what stands before it is another text.
         """
         B, T, starts = self.cfg.batch_size, self.cfg.block_size, self.starts()
+        for i in range(RANK * B, len(starts), WORLD * B):
+            rows = np.zeros((B, T + 1), np.uint16)      # always B rows: one shape, one graph
+            pad = np.ones((B, T), bool)
+            for r, s in enumerate(starts[i:i + B]):
+                row = self.val[s:s + T + 1]
+                rows[r, :len(row)], pad[r, :len(row) - 1] = row, False
+                if window := self.meta.get('window'):
+                    pad[r] |= np.arange(s + 1, s + T + 1) % window == 0
+            x, y = self._to_device(rows)
+            yield i, x, y.masked_fill(torch.from_numpy(pad).to(self.device), -1)
 
-        def share():
-            for i in range(RANK * B, len(starts), WORLD * B):
-                rows = np.zeros((B, T + 1), np.uint16)      # always B rows: one shape, one graph
-                pad = np.ones((B, T), bool)
-                for r, s in enumerate(starts[i:i + B]):
-                    row = self.val[s:s + T + 1]
-                    rows[r, :len(row)], pad[r, :len(row) - 1] = row, False
-                    if window := self.meta.get('window'):
-                        pad[r] |= np.arange(s + 1, s + T + 1) % window == 0
-                x, y = self._to_device(rows)
-                yield i, x, y.masked_fill(torch.from_numpy(pad).to(self.device), -1)
-        return len(starts), share()
+    def identity(self):
+        """What a validation loss is measured on: losses on unlike things are not compared."""
+        return {'dataset': self.cfg.dataset, 'val_tokens': len(self.val),
+                'val_sha256': hashlib.sha256(self.val).hexdigest()[:16],
+                'windows': len(self.starts()), 'block_size': self.cfg.block_size}
 
 
 def all_reduce(x, op=dist.ReduceOp.SUM):
@@ -389,25 +433,8 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
         dist.all_reduce(x, op)
     return x
 
-
-@torch.no_grad()
-def token_losses(evaluator, data):
-    """The cross-entropy in nats of each token of the validation windows -> (windows, T) float32 array, on all ranks.
-
-    NaN where nothing is predicted; infinite where the model gave a NaN or an infinite logit.
-    """
-    k, share = data.windows()
-    losses = torch.zeros(k, data.cfg.block_size)
-    for first, x, y in share:
-        logits = evaluator(x)[0]
-        for r in range(min(len(x), k - first)):     # a row at a time: all logits in float32 would be the largest tensor of a run
-            z = logits[r].float()
-            loss = F.cross_entropy(z, y[r], ignore_index=-1, reduction='none')
-            loss = loss.masked_fill(~z.sum(-1).isfinite(), math.inf).masked_fill(y[r] == -1, math.nan)
-            losses[first + r] = loss.cpu()
-    return all_reduce(losses).numpy()
-
 # -----------------------------------------------------------------------------
+# Optimizer and step.
 
 def learning_rate(cfg, it):
     """Linear warm-up, then cosine down to min_lr."""
@@ -422,328 +449,25 @@ def learning_rate(cfg, it):
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.learning_rate - cfg.min_lr)
 
 
-def load_model(cfg, given, data):
-    """The model to train and, for init_from='resume', the checkpoint to go on from. Sets cfg.block_size."""
-    ckpt, mode = None, 'fake' if cfg.remove_ln else None
-    shape = ('n_layer', 'n_head', 'n_embd')
-    if cfg.init_from == 'scratch':
-        torch.manual_seed(cfg.seed)
-        return GPT2(GPT2Config(**{k: getattr(cfg, k) for k in (*shape, 'block_size', 'dropout')}, ln_mode=mode or cfg.ln_mode,
-                               vocab_size=data.meta.get('vocab_size', 50257))), None
-    if cfg.init_from == 'resume':
-        ckpt = load_checkpoint(cfg.out_dir)
-        if lacking := {'iter', 'config', 'optimizer', 'log_bytes', 'evaluated', 'base'} - ckpt.keys():
-            raise BadInput(f"{cfg.out_dir}/ckpt.pt cannot be resumed: it lacks {', '.join(sorted(lacking))}")
-        if (ckpt['model_args']['ln_mode'] == 'fake') != cfg.remove_ln:
-            raise BadInput(f"{cfg.out_dir}/ckpt.pt is of a run with remove_ln={not cfg.remove_ln}: resume it with the same config")
-        model = GPT2.from_state(ckpt['model_args'], ckpt['model'], cfg.out_dir, dropout=cfg.dropout)
-    else:
-        model = GPT2.from_pretrained(cfg.init_from, mode, cfg.dropout)
-    for key in (*shape, 'ln_mode'):
-        if key in given and getattr(cfg, key) != getattr(model.config, key) and not (key == 'ln_mode' and cfg.remove_ln):
-            raise BadInput(f"{key} is {getattr(cfg, key)}, but the model of init_from={cfg.init_from} has "
-                           f"{getattr(model.config, key)}: leave {key} out, or start from scratch")
-    if 'block_size' in given and ckpt and cfg.block_size != model.config.block_size:
-        raise BadInput(f"block_size is {cfg.block_size}, but {cfg.out_dir}/ckpt.pt has {model.config.block_size}: leave it out to resume")
-    if 'block_size' in given:
-        model.crop_block_size(cfg.block_size)
-    cfg.block_size = model.config.block_size
-    return model, ckpt
-
-
-def peak_flops():
-    """The GPU's dense bf16 peak in FLOPs a second, by its datasheet; None if it is not in this list."""
-    table = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'L40S': 362e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
-    return next((v for k, v in table.items() if k in torch.cuda.get_device_name()), None)
-
-
-def find_device(cfg):
-    device = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    if device == 'cuda':
-        device = f'cuda:{LOCAL_RANK}'
-    try:
-        if device.split(':')[0] not in ('cpu', 'cuda'):
-            raise RuntimeError('expected cpu or cuda')
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise BadInput(f"device is {cfg.device!r}, which cannot be used here ({str(e).splitlines()[0]}); type --device=cpu")
-    return device
-
-
-def start_machine(cfg, device):
-    """Joins the process group -> (autocast's context, the forward pass's dtype, whether to compile)."""
-    cuda = device.startswith('cuda')
-    if WORLD > 1:
-        if cuda:
-            torch.cuda.set_device(device)
-        # under torchrun --max_restarts, workers that were started anew find the addresses of dead ones in the store, and hang
-        # (github.com/pytorch/pytorch/issues/135712): a prefix keeps the generations apart
-        store, rank, world = next(dist.rendezvous('env://'))
-        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', store=store, rank=rank, world_size=world)
-    native_bf16 = cuda and torch.cuda.get_device_capability()[0] >= 8
-    dtype = cfg.dtype if cfg.dtype != 'auto' else 'bfloat16' if native_bf16 else 'float32'
-    autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
-    return autocast, dtype, cuda if cfg.compile is None else cfg.compile
-
-
-def evaluate(cfg, given):
-    """eval_only: the losses of one model, or of two token by token, over val.bin. Writes nothing."""
-    if cfg.init_from == 'scratch':
-        raise BadInput("nothing to evaluate: name a model, with --init_from=MODEL (a hub id, a folder, a run's out_dir)")
-    device = find_device(cfg)
-    data = Data(cfg, device)
-    model, _ = load_model(cfg, given, data)
-    models = {cfg.init_from if cfg.init_from != 'resume' else cfg.out_dir: model}
-    data.open(model.config.vocab_size, ['val'])
-    if cfg.control:
-        models[f'{cfg.control} (control)'] = control = GPT2.from_pretrained(cfg.control)
-        if control.config.vocab_size != model.config.vocab_size:
-            raise BadInput(f"control={cfg.control} has a vocabulary of {control.config.vocab_size} tokens, init_from={cfg.init_from} of "
-                           f"{model.config.vocab_size}: expected two models of one vocabulary")
-        control.crop_block_size(cfg.block_size)
-    autocast, dtype, compiled = start_machine(cfg, device)
-    losses, unit = {}, data.unit
-    for name, model in models.items():
-        model.eval().to(device)
-        model.config.eot_token_id = data.meta.get('eot', model.config.eot_token_id)
-        with autocast:
-            losses[name] = token_losses(compile_model(model, compiled), data)
-        model.cpu()
-    if RANK > 0:
-        return
-    for name, table in losses.items():
-        bad = np.argwhere(np.isinf(table))
-        if len(bad):
-            start = data.starts()[bad[0][0]]
-            ids = torch.from_numpy(data.val[start:start + cfg.block_size].astype(np.int64))
-            at = first_bad_token(models[name], ids)
-            raise BadInput(f"{name} gives NaN or infinite logits" + (f", first at token {start + at:,} (id {ids[at]})" if at is not None else
-                           f" in the window from token {start:,} on") + f" of data/{cfg.dataset}/val.bin, and for {len(bad):,} of "
-                           f"{np.isfinite(table).sum() + len(bad):,} {unit}s in all; there is no mean to report")
-    mean, error = report.mean_and_error(next(iter(losses.values())))
-    print(f"val loss {mean:.4f} nats per {unit}, standard error {report.number(error).strip()}; data/{cfg.dataset}/val.bin, {len(table):,} windows of "
-          f"{cfg.block_size}, {dtype}\n\n{report.loss_table(losses, unit)}")
-
-
-def train(cfg, given, held):
-    """A run, from the checks of its input to what it hands over. held: an ExitStack, which gets out_dir's lock."""
-    master = RANK == 0
-    device = find_device(cfg)
-    cuda = device.startswith('cuda')
-
-    # everything that can be wrong with the input is looked at here, before anything is written
-    if cfg.init_from != 'resume' and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
-        raise BadInput(f"{cfg.out_dir} holds another run's checkpoint: resume that run with --init_from=resume, "
-                       f"or choose another --out_dir")
-    data = Data(cfg, device)
-    raw, ckpt = load_model(cfg, given, data)
-    data.open(raw.config.vocab_size, ['train', 'val'])
-    if cfg.control:
-        report.evals(cfg.control)
-    if cfg.remove_ln and not ckpt and os.path.exists(hf := os.path.join(cfg.out_dir, 'hf')):
-        raise BadInput(f"{hf} exists already, and this run would write it: move it away, or choose another --out_dir")
-    unit = cfg.batch_size * cfg.block_size
-    if cfg.batch_tokens % unit:
-        raise BadInput(f"batch_tokens is {cfg.batch_tokens}; expected a multiple of batch_size * block_size = {cfg.batch_size} * {cfg.block_size} = "
-                       f"{unit}: type --batch_tokens={max(round(cfg.batch_tokens / unit), 1) * unit}")
-    raw.config.eot_token_id = data.meta.get('eot', raw.config.eot_token_id)
-    start = ckpt['iter'] if ckpt else 0
-    base = ckpt['base'] if ckpt else cfg.init_from if not os.path.exists(cfg.init_from) else './' + os.path.basename(cfg.init_from.rstrip('/'))
-    events = schedule(cfg, raw.config.n_layer) if cfg.remove_ln else []
-    if cfg.remove_ln:
-        check_schedule(events, cfg, {} if ckpt else {k: v.item() for k, v in raw.sites().items()})
-    log_path, losses = os.path.join(cfg.out_dir, 'log.jsonl'), []
-    if ckpt:
-        check_resume(cfg, ckpt, raw.config.n_layer)
-        if not os.path.exists(log_path) or os.path.getsize(log_path) < ckpt['log_bytes']:
-            raise BadInput(f"{log_path} is shorter than when {cfg.out_dir}/ckpt.pt was written, or missing: put it back, "
-                           f"or start another run with --init_from={cfg.out_dir}")
-    if ckpt and master:
-        for key, old in ckpt['config'].items():
-            if old != getattr(cfg, key, old) and key not in ('init_from', 'out_dir'):
-                print(f"note: {key} was {old!r} when the checkpoint was written, now it is {getattr(cfg, key)!r}")
-    wandb = None
-    if cfg.wandb_log and master:
-        try:
-            import wandb
-        except ImportError:
-            raise BadInput("wandb_log=True needs wandb: pip install wandb")
-    if master:
-        try:
-            os.makedirs(cfg.out_dir, exist_ok=True)
-            held.enter_context(lock(cfg.out_dir))
-            with open(log_path, 'a' if ckpt else 'w') as f:
-                if ckpt:
-                    f.truncate(ckpt['log_bytes'])       # what came after the checkpoint will happen again
-        except OSError as e:
-            raise BadInput(f"out_dir {cfg.out_dir} cannot be written: {e}")
-    if ckpt:
-        with open(log_path) as f:
-            losses = [(e['iter'], e['loss']) for e in map(json.loads, f.read(ckpt['log_bytes']).splitlines()) if e['event'] == 'train']
-    if wandb:
-        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir, config=asdict(cfg))
-
-    autocast, dtype, compiled = start_machine(cfg, device)
-    if cuda:
-        torch.set_float32_matmul_precision('high')      # TF32 for what autocast leaves in float32
-    raw.to(device)
-
-    # Two graphs for the whole run: one to train; one to evaluate, which also measures the constants. (Under DDP, torch
-    # cuts the first where its gradient buckets end.)
-    model, evaluator = compile_model(raw, compiled), lambda x: raw(x, return_stds=cfg.remove_ln)
-    if compiled is True:
-        evaluator = torch.compile(evaluator, fullgraph=True)
-    if WORLD > 1:   # gates and constants are set alike on all ranks, so there are no buffers to broadcast
-        warnings.filterwarnings('ignore', message='.*broadcast_buffers')    # torch 2.11 has no other name for it
-        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[LOCAL_RANK] if cuda else None, broadcast_buffers=False)
-    optimizer = make_optimizer(cfg, raw)
-    evaluated = bool(ckpt) and ckpt['evaluated']
-    if ckpt:
-        optimizer.load_state_dict(ckpt['optimizer'])
-        ckpt = None
-    n_sites = len(raw.sites()) if cfg.remove_ln else 0
-    n_gone = lambda it: sum(e[0] < it and e[1] == 'remove' for e in events)
-    peak = peak_flops() if cuda else None
-    if master:
-        print(f"{raw.num_params():,} parameters, ln_mode {raw.config.ln_mode!r}, on {WORLD} x {device.split(':')[0]} in {dtype}"
-              f"{', compiled' if compiled else ''}; {cfg.batch_tokens:,} tokens an iteration")
-
-    def log(**entry):
-        if master:
-            with open(log_path, 'a') as f:
-                f.write(json.dumps(entry) + '\n')
-            if wandb:
-                wandb.log({f'{entry["event"]}/{k}': v for k, v in entry.items() if k not in ('event', 'iter')}, step=entry['iter'])
-
-    def save(evaluated):
-        if master:
-            save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), iter=it, evaluated=evaluated,
-                            config=asdict(cfg), base=base, log_bytes=os.path.getsize(log_path))
-
-    def give_up(what):
-        if not master:      # all ranks come here together; one tells
-            sys.exit(2)
-        last = max((e for e in events if e[0] < it), default=None, key=lambda e: e[0])
-        kept = os.path.join(cfg.out_dir, 'ckpt.pt')
-        raise BadInput(f"diverged: {what}; the last event of the removal was " + (f"{last[1]} {last[2]} at iteration {last[0]}" if last else "none yet")
-                       + (f"; {kept} of before is kept" if os.path.exists(kept) else "; no checkpoint was written yet")
-                       + ". Try a wider gap, --taper_iters=20, --aux_loss_weight=0.1 or a lower learning rate")
-
-    def validate():
-        raw.eval()
-        with autocast:
-            losses = token_losses(evaluator, data)
-        raw.train()
-        return np.nanmean(losses, dtype=np.float64).item()
-
-    raw.train()
-    raw.gradient_checkpointing = cfg.gradient_checkpointing
-    n_micro = cfg.batch_tokens // unit
-    it, t0 = start, time.time()
-    logged_it, logged_t = it, t0
-    first_bad = torch.full((), -1, device=device)       # the iteration whose gradient was the first that is not finite
-    asked = ask_to_stop()
-    while True:
-        # 1. evaluate and save: the model as the last iteration left it
-        if (it % cfg.eval_interval == 0 or it == cfg.max_iters) and not evaluated:
-            t = time.time()
-            val_loss = validate()
-            if first_bad.item() >= 0 or not math.isfinite(val_loss):
-                give_up(f"a gradient that is not finite at iteration {first_bad.item()}" if first_bad.item() >= 0 else
-                        f"the validation loss before iteration {it} is {val_loss}")
-            log(event='eval', iter=it, val_loss=val_loss, tokens=it * cfg.batch_tokens)
-            if master:
-                print(f"iter {it:>6} | val loss {val_loss:.4f} nats per {data.unit}")
-            if it == cfg.max_iters or it > 0 and high_since(losses, cfg)[0] is None:
-                save(evaluated=True)
-            elif it > 0 and master:
-                print(f"iter {it:>6} | not saved: the loss is far above its level, and the last checkpoint is better")
-            logged_t += time.time() - t
-        evaluated = False
-        if it == cfg.max_iters:
-            break
-
-        # 2. what the schedule has for this iteration
-        if cfg.remove_ln:
-            def measured():
-                raw.eval()
-                with autocast:
-                    stds = measure(evaluator, raw.kinds, (data.batch(it, micro) for micro in range(RANK, n_micro, WORLD)))
-                raw.train()
-                return stds
-            t = time.time()
-            for entry in apply_schedule(events, cfg, it, raw, measured):
-                log(**entry)
-                if master and entry['event'] == 'remove':
-                    s = entry['std']
-                    print(f"iter {it:>6} | remove {entry['site']:<12} std {s['token']:.3f}, position 0 {s['bos']:.3f}, end-of-text {s['eot']:.3f}")
-                elif master:
-                    print(f"iter {it:>6} | merge the constants of {'position 0' if entry['kind'] == 'bos' else 'end-of-text'} into the ordinary ones")
-                same = torch.cat([b.detach().flatten().cpu().double() for b in raw.buffers()])
-                assert torch.equal(all_reduce(same.clone(), dist.ReduceOp.MAX), same), "the ranks' gates or constants differ"
-            logged_t += time.time() - t
-
-        # 3. a step. Nothing here waits for the device, except in an iteration that is logged
-        lr = learning_rate(cfg, it)
-        loss, norm = step(cfg, it, n_micro, model, raw, optimizer, lr, data.batch, autocast)
-        first_bad = torch.where((first_bad < 0) & ~norm.isfinite(), it, first_bad)
-        it += 1
-
-        if (it - 1) % cfg.log_interval == 0 or it == cfg.max_iters:
-            loss = all_reduce(loss.cpu().double()).item()
-            if first_bad.item() >= 0 or not math.isfinite(loss):
-                give_up(f"a gradient that is not finite at iteration {first_bad.item()}" if first_bad.item() >= 0 else
-                        f"the loss of iteration {it - 1} is {loss}")
-            losses.append((it - 1, loss))
-            since, level = high_since(losses, cfg)
-            if since is not None and it - since >= cfg.guard_patience:
-                give_up(f"since iteration {since} the loss, {loss:.4f} now, is more than guard_nats={cfg.guard_nats:g} above its lowest level, {level:.4f}")
-            now = time.time()
-            tok_per_s = (it - logged_it) * cfg.batch_tokens / max(now - logged_t, 1e-9)
-            left = int((now - t0) / (it - start) * (cfg.max_iters - it))
-            logged_it, logged_t = it, now
-            entry = dict(event='train', iter=it - 1, loss=loss, lr=lr, tok_per_s=round(tok_per_s, 1))
-            if peak:
-                entry['mfu'] = tok_per_s * raw.flops_per_token() / (peak * WORLD)
-            log(**entry)
-            if master:
-                print(f"iter {it - 1:>6} | loss {loss:.4f} | lr {lr:.2e} | {tok_per_s:>11,.0f} tok/s"
-                      + (f" | mfu {entry['mfu']:6.1%}" if peak else '')
-                      + (f" | sites {n_gone(it):>3}/{n_sites}" if n_sites else '')
-                      + f" | {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
-
-        if it < cfg.max_iters and (all_reduce(torch.tensor(len(asked))) if WORLD > 1 else asked):       # the ranks stop together
-            save(evaluated=False)
-            raise Stopped(it, asked[0] if asked else signal.SIGTERM)
-    if master:
-        finish(cfg, raw, data, base)
-
-
-def compile_model(model, how):
-    """The model as a whole or block by block (how: True or 'blocks'); a graph break is an error either way."""
-    if how == 'blocks':
-        for block in model.h:
-            block.compile(fullgraph=True)
-    return torch.compile(model, fullgraph=True) if how is True else model
-
-
 def make_optimizer(cfg, model):
     """AdamW; weight decay on matrices only."""
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == two_d] for two_d in (True, False))
-    return torch.optim.AdamW([{'params': matrices, 'weight_decay': cfg.weight_decay}, {'params': vectors, 'weight_decay': 0.0}],
-                             lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{'params': matrices, 'weight_decay': cfg.weight_decay},
+              {'params': vectors, 'weight_decay': 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
-def step(cfg, it, n_micro, model, raw, optimizer, lr, batch, autocast):
-    """One iteration -> (this rank's part of the mean loss, the norm of the whole gradient), 0-d tensors on the device.
+def step(cfg, it, model, raw, optimizer, batch, autocast):
+    """One iteration -> (this rank's part of the mean loss, the gradient's norm, stds), on the device.
 
-    model: raw, compiled or wrapped. batch(it, micro) gives x, y. Micro-batches are dealt to the ranks in turn; where
-    they do not come out even, some ranks compute one that does not count, rather than wait.
+    model: raw, compiled or wrapped. batch(it, micro) gives x, y. stds: those of the last micro-batch,
+    (B, T) for each LN. Micro-batches are dealt to the ranks in turn; where they do not come out even,
+    some ranks compute one that does not count, rather than wait.
     """
+    n_micro, total = cfg.batch_tokens // (cfg.batch_size * cfg.block_size), 0.0
     for group in optimizer.param_groups:
-        group['lr'] = lr
-    total = 0.0
+        group['lr'] = learning_rate(cfg, it)
     for first in range(0, n_micro, WORLD):
         micro = first + RANK
         counts = 1 / n_micro if micro < n_micro else 0.0
@@ -753,138 +477,378 @@ def step(cfg, it, n_micro, model, raw, optimizer, lr, batch, autocast):
         if WORLD > 1:       # reduce the gradients once an iteration, in the last micro-step
             model.require_backward_grad_sync = first + WORLD >= n_micro
         with autocast:
+            _, loss, stds = model(x, y, return_stds=True)
+            total = total + loss.detach() * counts
             if cfg.remove_ln and cfg.aux_loss_weight:
-                _, ce, stds = model(x, y, return_stds=True)
-                loss = ce + cfg.aux_loss_weight * spread(stds[-1], raw.kinds(x) == TOKEN)
-            else:
-                _, ce = model(x, y)
-                loss = ce
-        (loss * (counts * WORLD)).backward()        # DDP takes the mean over ranks; the sum is wanted
-        total = total + ce.detach() * counts
+                loss = loss + cfg.aux_loss_weight * spread(stds[-1], raw.kinds(x) == TOKEN)
+        (loss * (counts * WORLD)).backward()        # DDP takes the mean over ranks; we want the sum
     norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total, norm
+    return total, norm, stds
 
 # -----------------------------------------------------------------------------
-# What a step costs: config/bench.py.
+# The run, as a page.
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive under it, and their `peak`."""
+def train(cfg, given):
+    """A run, from the checks of its input to what it hands over."""
+    device, autocast, dtype, compiled = start_machine(cfg)
+    r = on_all_ranks(prepare_run, cfg, given, device)
+    raw, data, events, losses = r.raw.to(device).train(), r.data, r.events, r.losses
+    raw.gradient_checkpointing, r.autocast = cfg.gradient_checkpointing, autocast
+    # two graphs for the whole run: one to train; one to evaluate, which also measures the constants
+    model, r.evaluator = raw, partial(raw, return_stds=True)
+    if compiled:
+        model, r.evaluator = (torch.compile(m, fullgraph=True) for m in (model, r.evaluator))
+    if WORLD > 1:       # gates and constants are set alike on all ranks: no buffers to broadcast
+        warnings.filterwarnings('ignore', message='.*broadcast_buffers')    # torch 2.11's only name
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[LOCAL_RANK] if device.startswith('cuda') else None,
+            broadcast_buffers=False, gradient_as_bucket_view=True)
+    optimizer = make_optimizer(cfg, raw)
+    if r.resumed:
+        optimizer.load_state_dict(r.resumed)
+        r.resumed = None
+    print0(f"{raw.num_params():,} parameters, ln_mode {raw.config.ln_mode!r}, on {WORLD} x "
+           f"{device.split(':')[0]} in {dtype}{', compiled' * compiled}; "
+           f"{cfg.batch_tokens:,} tokens an iteration")
+    if r.start == 0:
+        evaluate(r, 0)
+        if cfg.remove_ln:       # a look at the giant vector, and at what the schedule will do to it
+            ratios = log_ratios(r, 0)
+            print0('\n'.join(warnings_of(events, cfg, ratios)))
+    n_micro = cfg.batch_tokens // (cfg.batch_size * cfg.block_size)
+    peak = peak_flops() if device.startswith('cuda') else None
+    bad = torch.full((), -1, device=device)     # the iteration of the first gradient not finite
+    t0 = then = time.time()
+    logged = r.start
 
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.seen = 0, 0, set()
+    for it in range(r.start, cfg.max_iters):
+        # what the schedule has for this iteration
+        if cfg.remove_ln:
+            batches = (data.batch(it, micro) for micro in range(RANK, n_micro, WORLD))
+            for event in apply_schedule(events, cfg, it, raw, lambda: measured(r, batches)):
+                log(r, **event)
+                print0(f"iter {it:>6} | {event['event']} {event.get('site') or event['kind']:<12}"
+                       + ''.join(f" {k} {std:.3f}" for k, std in event.get('std', {}).items()))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in self.seen:
-                self.seen.add(key)
-                self.now += t.untyped_storage().nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(t.untyped_storage(), self.gone, key, t.untyped_storage().nbytes())
-        return out
+        # a step. Nothing here waits for the device, except in an iteration that is logged
+        loss, norm, stds = step(cfg, it, model, raw, optimizer, data.batch, autocast)
+        bad = torch.where((bad < 0) & ~norm.isfinite(), it, bad)
+        done = it + 1
 
-    def gone(self, key, size):
-        self.seen.discard(key)
-        self.now -= size
+        if it % cfg.log_interval == 0 or done == cfg.max_iters:
+            losses.append((it, all_reduce(loss.cpu().double()).item()))
+            guard(cfg, done, losses, bad.item(), events)
+            now = time.time()
+            speed = (done - logged) * cfg.batch_tokens / max(now - then, 1e-9)
+            left = int((now - t0) / (done - r.start) * (cfg.max_iters - done))
+            then, logged = now, done
+            mfu = {'mfu': speed * raw.flops_per_token() / (peak * WORLD)} if peak else {}
+            lr = learning_rate(cfg, it)
+            log(r, event='train', iter=it, loss=losses[-1][1], lr=lr, tok_per_s=round(speed, 1), **mfu)
+            print0(f"iter {it:>6} | loss {losses[-1][1]:.4f} | lr {lr:.2e} | {speed:>11,.0f} tok/s"
+                   + (f" | mfu {mfu['mfu']:6.1%}" if peak else '')
+                   + (f" | LN sites left {len(raw.sites_left()):>3}" if cfg.remove_ln else '')
+                   + f" | {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+
+        # evaluate and save: the model as this iteration left it
+        due = done % cfg.eval_interval == 0 or done == cfg.max_iters
+        stop = len(ASKED) if WORLD == 1 else all_reduce(torch.tensor(len(ASKED))).item()
+        if due:
+            t = time.time()
+            guard(cfg, done, losses, bad.item(), events, evaluate(r, done))
+            then += time.time() - t
+        if due and not stop and high_since(losses, cfg)[0] is not None:
+            print0("not saved: the loss is far above its level, and the last checkpoint is better")
+        elif (due or stop) and RANK == 0:
+            save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), iter=done, base=r.base,
+                            config=asdict(cfg), log_bytes=os.path.getsize(r.log_path))
+        if stop and done < cfg.max_iters:
+            if RANK == 0:
+                print(f"train.py: stopped and saved after iteration {it}; go on with the same command "
+                      f"and --init_from=resume", file=sys.stderr)
+            sys.exit(128 + (ASKED[0][0] if ASKED else signal.SIGTERM))
+
+    if cfg.remove_ln:
+        log_ratios(r, cfg.max_iters)
+    if RANK == 0:
+        hand_over(r)
 
 
-def peak_memory(cfg):
-    """The bytes that two uncompiled steps in bfloat16 need at most, computed with fake tensors: nothing is executed."""
-    with FakeTensorMode(), LiveBytes() as live:
-        raw = GPT2(GPT2Config(block_size=cfg.block_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, ln_mode=cfg.ln_mode))
-        raw.gradient_checkpointing = cfg.gradient_checkpointing
-        optimizer, x = make_optimizer(cfg, raw), torch.zeros(cfg.batch_size, cfg.block_size, dtype=torch.int64)
-        for _ in range(2):      # the optimizer's moments come with the first
-            step(cfg, 0, 1, raw, raw, optimizer, cfg.learning_rate, lambda it, micro: (x, x), torch.autocast('cpu', torch.bfloat16))
-        return live.peak
+def prepare_run(cfg, given, device):
+    """Looks at all that can be wrong with the input, before anything is written -> the run's parts."""
+    data = Data(cfg, device)
+    raw, ckpt, files = load_model(cfg, given, data)
+    data.open(raw.config.vocab_size, ['train', 'val'])
+    hf, log_path = (os.path.join(cfg.out_dir, n) for n in ('hf', 'log.jsonl'))
+    theirs = 'ckpt.pt' if os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')) else \
+        'hf' if cfg.remove_ln and os.path.exists(hf) else ''
+    check(ckpt or not theirs, f"{cfg.out_dir} holds the {theirs} of another run: resume that run with "
+                              f"--init_from=resume, or choose another --out_dir")
+    n = cfg.batch_size * cfg.block_size
+    check(cfg.batch_tokens % n == 0, f"batch_tokens is {cfg.batch_tokens}; expected a multiple of "
+          f"batch_size * block_size = {n}: type --batch_tokens={max(cfg.batch_tokens // n, 1) * n}")
+    identity = data.identity()
+    if cfg.control:
+        on = evaluations(cfg.control)[-1].get('on', {})
+        differ = [f"{k} {on.get(k)}, here {v}" for k, v in identity.items()
+                  if on.get(k) != v and k != 'dataset']
+        check(not differ, f"control={cfg.control} was evaluated on other data or windows "
+                          f"({'; '.join(differ)}): give both runs the same")
+    set_eot(raw, data)
+    events = schedule(cfg, raw.config.n_layer) if cfg.remove_ln else []
+    if cfg.remove_ln:
+        check_schedule(events, cfg, {} if ckpt else {k: v.item() for k, v in raw.sites().items()})
+    losses = check_resume(cfg, ckpt, raw.config.n_layer, log_path) if ckpt else []
+    wandb = start_wandb(cfg) if RANK == 0 else None
+    lock = claim(cfg.out_dir, 40 * raw.num_params()) if RANK == 0 else None
+    if RANK == 0:
+        with open(log_path, 'a') as f:
+            f.truncate(ckpt['log_bytes'] if ckpt else 0)    # what came later will happen again
+        for name, content in files.items():
+            os.makedirs(os.path.join(cfg.out_dir, 'tokenizer'), exist_ok=True)
+            write(os.path.join(cfg.out_dir, 'tokenizer', name), content)
+    local = os.path.exists(cfg.init_from)       # a path is nobody's business
+    base = './' + os.path.basename(cfg.init_from.rstrip('/')) if local else cfg.init_from
+    return SimpleNamespace(
+        cfg=cfg, data=data, raw=raw, files=files, events=events, losses=losses, identity=identity,
+        wandb=wandb, lock=lock, log_path=log_path, base=ckpt['base'] if ckpt else base,
+        start=ckpt['iter'] if ckpt else 0, resumed=ckpt['optimizer'] if ckpt else None)
 
 
-def bench(settings):
-    """settings: [(label, cfg)]. Times their steps in turns, because machines are noisy, and prints what they took."""
-    if WORLD > 1:
-        raise BadInput("config/bench.py times one process; without torchrun: python train.py config/bench.py")
-    if settings[0][1].device == 'fake':
-        for label, cfg in settings:
-            print(f"{label}: peak memory {peak_memory(cfg) / 2 ** 30:.1f} GiB (computed: bfloat16, batch_size {cfg.batch_size}, not compiled)")
-        return
-    from torch._dynamo.utils import counters
-
-    def memory(device, peak):       # bytes: of the GPU, or of this process where /proc tells (0 elsewhere)
-        if device.startswith('cuda'):
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+@command
+def main(argv):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    ASKED.clear()
+    try:
         try:
-            with open('/proc/self/status') as f:
-                return int(re.search(r'VmHWM:\s*(\d+)' if peak else r'VmRSS:\s*(\d+)', f.read())[1]) * 1024
-        except OSError:
-            return 0
-
-    def forget_peak(device):
-        if device.startswith('cuda'):
-            torch.cuda.reset_peak_memory_stats()
-        elif os.path.exists('/proc/self/clear_refs'):
-            with open('/proc/self/clear_refs', 'w') as f:
-                f.write('5')
-
-    runs = []
-    for label, cfg in settings:
-        device = find_device(cfg)
-        autocast, dtype, how = start_machine(cfg, device)
-        unit = cfg.batch_size * cfg.block_size
-        if cfg.batch_tokens % unit:
-            raise BadInput(f"batch_tokens is {cfg.batch_tokens}; expected a multiple of batch_size * block_size = {unit}: type --batch_tokens={unit}")
-        forget_peak(device)
-        before, graphs = memory(device, peak=False), counters['stats']['unique_graphs']
-        torch.manual_seed(cfg.seed)
-        raw = GPT2(GPT2Config(block_size=cfg.block_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=cfg.dropout,
-                              ln_mode=cfg.ln_mode)).to(device)
-        raw.gradient_checkpointing = cfg.gradient_checkpointing
-        for gate in raw.sites().values() if cfg.ln_mode == 'fake' else []:
-            gate.fill_(0.5)
-        model, optimizer = compile_model(raw.train(not cfg.eval_only), how), make_optimizer(cfg, raw)
-        x, y = (torch.randint(raw.config.vocab_size, (cfg.batch_size, cfg.block_size), device=device) for _ in range(2))
-
-        def one(cfg=cfg, model=model, raw=raw, optimizer=optimizer, x=x, y=y, autocast=autocast, unit=unit):
-            if cfg.eval_only:
-                with torch.no_grad(), autocast:
-                    for _ in range(cfg.batch_tokens // unit):
-                        result = model(x)[0]
-            else:
-                result = step(cfg, 0, cfg.batch_tokens // unit, model, raw, optimizer, cfg.learning_rate, lambda it, micro: (x, y), autocast)[0]
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            return result
-        t0 = time.perf_counter()
-        one()
-        compiling = time.perf_counter() - t0
-        one()
-        runs.append(dict(label=label, cfg=cfg, one=one, seconds=[], first=compiling, peak=memory(device, peak=True) - before,
-                         graphs=counters['stats']['unique_graphs'] - graphs, flops=raw.flops_per_token() / (3 if cfg.eval_only else 1),
-                         what=f"{raw.num_params():,} parameters, {device}, {dtype}"))
-    for i in range(settings[0][1].max_iters):
-        for r in runs if i % 2 else runs[::-1]:
-            t0 = time.perf_counter()
-            r['one']()
-            r['seconds'].append(time.perf_counter() - t0)
-    peak = peak_flops() if torch.cuda.is_available() else None
-    for r in runs:
-        t, tokens = np.array(r['seconds']), r['cfg'].batch_tokens
-        print(f"{r['label']}: {r['what']}\n    {tokens / np.median(t):>12,.0f} tokens/s; a step of {tokens:,} tokens: median {np.median(t) * 1e3:.1f} ms, "
-              f"middle half {np.quantile(t, 0.25) * 1e3:.1f} to {np.quantile(t, 0.75) * 1e3:.1f} ({len(t)} steps)"
-              + (f"; MFU {tokens / np.median(t) * r['flops'] / peak:.1%}" if peak else '')
-              + f"\n    peak memory {r['peak'] / 2 ** 30:.2f} GiB; {r['graphs']} graphs; the first step took {r['first']:.1f} s")
-    if len(runs) == 2:
-        ratio = np.array(runs[0]['seconds']) / np.array(runs[1]['seconds'])
-        print(f"time of the first over the second, step by step: median {np.median(ratio):.3f}, middle half {np.quantile(ratio, 0.25):.3f} to {np.quantile(ratio, 0.75):.3f}")
+            cfg, given = load_config(argv)
+            check_config(cfg)
+        except UserError:
+            if LOCAL_RANK > 0:      # all ranks find the same; one tells
+                sys.exit(2)
+            raise
+        again = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+        if again and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
+            cfg.init_from = 'resume'        # torchrun started us anew, because a worker died
+        if cfg.eval_only:
+            return compare(cfg, given)
+        for number in handlers:
+            signal.signal(number, ask_to_stop)
+        train(cfg, given)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if WORLD > 1:   # a DDP that lives until the process ends makes torch 2.11 abort now and then
+            gc.collect()
 
 # -----------------------------------------------------------------------------
-# What goes wrong in a night.
+# Starting: the machine, the model, the place to write.
+
+def start_machine(cfg):
+    """Joins the process group -> (device, autocast's context, its dtype by name, whether to compile)."""
+    device = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = f'cuda:{LOCAL_RANK}' if device == 'cuda' else device
+    kind = device.split(':')[0]
+    if kind == 'cuda':
+        check(int(device[5:]) < torch.cuda.device_count(), f"process {LOCAL_RANK} has no {device}: there "
+              f"are {torch.cuda.device_count()} GPUs; type --nproc_per_node={torch.cuda.device_count()}")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')      # TF32 for what autocast leaves in float32
+    if WORLD > 1:
+        # workers that torchrun --max_restarts starts anew would find dead ones' addresses in the
+        # store (github.com/pytorch/pytorch/issues/135712): a prefix keeps the generations apart
+        store, rank, world = next(dist.rendezvous('env://'))
+        again = os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', rank=rank,
+                                store=dist.PrefixStore(f'restart {again}', store), world_size=world)
+    native = kind == 'cuda' and torch.cuda.get_device_capability()[0] >= 8
+    dtype = cfg.dtype if cfg.dtype != 'auto' else 'bfloat16' if native else 'float32'
+    autocast = torch.autocast(kind, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+    return device, autocast, dtype, kind == 'cuda' if cfg.compile is None else cfg.compile
+
+
+def on_all_ranks(fn, *args):
+    """fn(*args) on each rank. If one cannot, all exit with status 2, and the first of them says why."""
+    result = error = None
+    try:
+        result = fn(*args)
+    except Exception as e:
+        error = trouble(e)
+        if error is None:
+            raise
+    errors = [error]
+    if WORLD > 1:
+        errors = [None] * WORLD
+        dist.all_gather_object(errors, error)
+    failed = [rank for rank, e in enumerate(errors) if e]
+    if failed and failed[0] != (RANK if WORLD > 1 else 0):
+        sys.exit(2)
+    check(not failed, error)
+    return result
+
+
+def load_model(cfg, given, data):
+    """-> (the model, the checkpoint to go on from or None, what companions gives). Sets block_size."""
+    ckpt, mode, source = None, 'fake' if cfg.remove_ln else None, cfg.init_from
+    if source == 'scratch':
+        vocab_size = cfg.vocab_size or data.meta.get('vocab_size', 0)
+        check(vocab_size, f"{data.dir} has no meta.json that tells its vocabulary: type "
+                          f"--vocab_size=50257 if these are GPT-2's tokens")
+        torch.manual_seed(cfg.seed)
+        shape = {k: getattr(cfg, k) for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'dropout')}
+        return GPT2(GPT2Config(**shape, vocab_size=vocab_size, ln_mode=mode or cfg.ln_mode)), None, {}
+    if source == 'resume':
+        source, ckpt = cfg.out_dir, load_checkpoint(cfg.out_dir)
+        lacking = {'iter', 'config', 'optimizer', 'log_bytes', 'base'} - ckpt.keys()
+        check(not lacking, f"{source}/ckpt.pt cannot be resumed: it lacks {' '.join(sorted(lacking))}")
+        check((ckpt['model_args']['ln_mode'] == 'fake') == cfg.remove_ln, f"{source}/ckpt.pt is of a "
+              f"run with remove_ln={not cfg.remove_ln}: resume it with the same config")
+        model = GPT2.from_state(ckpt['model_args'], ckpt['model'], source, dropout=cfg.dropout)
+    else:
+        model = GPT2.from_pretrained(source, mode, cfg.dropout)
+    for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', *['ln_mode'] * (not cfg.remove_ln)):
+        want, has = getattr(cfg, key), getattr(model.config, key)
+        check(key not in given or want in (has, 0), f"{key} is {want}, but the model of {source} has "
+                                                    f"{has}: leave {key} out, or start from scratch")
+    if 'block_size' in given:
+        check(not ckpt or cfg.block_size == model.config.block_size, f"block_size is {cfg.block_size}, "
+              f"but {source}/ckpt.pt has {model.config.block_size}: leave it out")
+        model.crop_block_size(cfg.block_size)
+    cfg.block_size = model.config.block_size
+    files = companions(source)
+    check_tokenizer(data, files, source)
+    return model, ckpt, files
+
+
+def check_tokenizer(data, files, source):
+    """Raises UserError if the data was written with another tokenizer than the model brings."""
+    vocab, theirs = vocabulary(files), data.meta.get('vocab_hash')
+    if vocab and theirs and fingerprint(vocab, data.meta['vocab_size']) != theirs:
+        raise UserError(f"{data.dir} was written with the tokenizer {data.meta['tokenizer']!r}, which is "
+                        f"not that of {source}: prepare it with --tokenizer={source}")
+
+
+def set_eot(model, data):
+    """End-of-text is what ends a document in the data."""
+    eot = data.meta.get('eot')
+    model.config.eot_token_id = model.config.eot_token_id if eot is None else eot
+
+
+def check_resume(cfg, ckpt, n_layer, log_path):
+    """The losses logged so far. Raises UserError if the run so far was not one of this config."""
+    it, names = ckpt['iter'], {f.name for f in fields(Config)}
+    old = Config(**{k: v for k, v in ckpt['config'].items() if k in names})
+    past, now = ([e for e in schedule(c, n_layer) if e[0] < it] for c in (old, cfg))
+    differ = [e for e in past + now if e not in past or e not in now]
+    differ = differ or past * (old.taper_iters != cfg.taper_iters)
+    check(not (cfg.remove_ln and differ), f"the checkpoint of iteration {it} was written under another "
+          f"schedule or taper ({differ[:1]}): resume with the start_, gap_ and taper_ keys of the run")
+    check(it <= cfg.max_iters, f"max_iters is {cfg.max_iters}, but the checkpoint is of iteration {it}: "
+                               f"type --max_iters={it} or more")
+    size = os.path.getsize(log_path) if os.path.exists(log_path) else 0
+    check(size >= ckpt['log_bytes'], f"{log_path} is shorter than when ckpt.pt was written: put it "
+                                     f"back, or start another run with --init_from={cfg.out_dir}")
+    for key, value in ckpt['config'].items():
+        if value != getattr(cfg, key, value) and key not in ('init_from', 'out_dir'):
+            print0(f"note: {key} was {value!r} in the checkpoint, now it is {getattr(cfg, key)!r}")
+    with open(log_path) as f:
+        entries = [json.loads(line) for line in f.read(ckpt['log_bytes']).splitlines()]
+    return [(e['iter'], e['loss']) for e in entries if e['event'] == 'train']
+
+
+def claim(out_dir, need):
+    """Makes out_dir and finds out, before the work, whether it can be written. Returns its lock."""
+    os.makedirs(out_dir, exist_ok=True)
+    f = open(os.path.join(out_dir, '.lock'), 'w')
+    try:
+        if fcntl:           # the system lets go of the lock however this process ends
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {out_dir}: choose another --out_dir, or wait")
+    except OSError as e:    # some file systems have no locks
+        print0(f"note: {out_dir} cannot be locked ({e.strerror}): let no other run write there")
+    write(os.path.join(out_dir, '.lock'), b'')
+    free = shutil.disk_usage(out_dir).free      # for two checkpoints with AdamW's moments, and hf/
+    check(free > need, f"{out_dir} has {free / 1e9:.1f} GB left, this run needs {need / 1e9:.1f}")
+    return f
+
+
+def start_wandb(cfg):
+    """Weights & Biases, if it was asked for. Raises UserError if it does not start."""
+    if not cfg.wandb_log:
+        return None
+    try:
+        import wandb
+        name = cfg.wandb_run_name or cfg.out_dir
+        wandb.init(project=cfg.wandb_project, name=name, config=asdict(cfg))
+        return wandb
+    except Exception as e:      # no package, no key, no network
+        raise UserError(f"wandb does not start ({one_line(e)}): pip install wandb, set "
+                        f"WANDB_MODE=offline, or leave out --wandb_log")
+
+
+def peak_flops():
+    """The GPU's dense bf16 peak in FLOPs a second, by its datasheet; None if it is not in this list."""
+    table = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'RTX 4090': 165e12}
+    return next((v for k, v in table.items() if k in torch.cuda.get_device_name()), None)
+
+# -----------------------------------------------------------------------------
+# On the way: what is printed and logged, and what goes wrong in a night.
+
+def print0(text=''):
+    """Prints on rank 0. A terminal that was closed costs nothing."""
+    try:
+        if RANK == 0 and text:
+            print(text, flush=True)
+    except OSError:
+        pass
+
+
+def log(r, **entry):
+    """Appends a JSON object to log.jsonl, on rank 0."""
+    if RANK == 0:
+        with open(r.log_path, 'a') as f:
+            f.write(json.dumps(entry) + '\n')
+    if r.wandb:
+        values = {f"{entry['event']}/{k}": v for k, v in entry.items() if type(v) in (int, float)}
+        r.wandb.log(values, step=entry['iter'])
+
+
+def evaluate(r, it):
+    """The validation loss after `it` iterations, logged."""
+    r.raw.eval()
+    with r.autocast:
+        loss = np.nanmean(token_losses(r.evaluator, r.data)[0], dtype=np.float64).item()
+    r.raw.train()
+    log(r, event='eval', iter=it, val_loss=loss, tokens=it * r.cfg.batch_tokens, on=r.identity)
+    print0(f"iter {it:>6} | val loss {loss:.4f} nats per {r.data.noun}")
+    return loss
+
+
+def measured(r, batches):
+    """The constants, measured on batches of (x, y)."""
+    r.raw.eval()
+    with r.autocast:
+        stds = measure(r.evaluator, r.raw.kinds, batches)
+    r.raw.train()
+    return stds
+
+
+def log_ratios(r, it):
+    """{kind: {LN: its std, times the ordinary one}}, measured on the validation windows, and logged."""
+    stds = measured(r, ((x, y) for _, x, y in r.data.windows()))
+    times = (stds / stds[:, TOKEN:TOKEN + 1]).T.tolist()
+    ratios = {KINDS[k]: dict(zip(r.raw.layernorms(), times[k])) for k in (BOS, EOT)}
+    log(r, event='giant', iter=it, **ratios)
+    return ratios
+
 
 def high_since(losses, cfg):
-    """losses [(iteration, loss)] -> (since when it has been guard_nats above its lowest level, or None; that level).
+    """losses [(iteration, loss)] -> (since when it is guard_nats above its level, or None; that level).
 
     The level is the lowest mean of five consecutive logged losses.
     """
@@ -901,134 +865,330 @@ def high_since(losses, cfg):
     return since, level
 
 
-def lock(out_dir):
-    """Raises BadInput if another run writes there. The system lets go of the lock however this process ends."""
-    f = open(os.path.join(out_dir, '.lock'), 'w')
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(f"another run is writing to {out_dir} at this moment: choose another --out_dir, or wait for it")
-    return f
+def guard(cfg, done, losses, bad, events, val_loss=0.0):
+    """Stops a run that has diverged, with UserError: no number, or a loss too high for too long.
+
+    bad: the iteration of the first gradient that was not finite, or -1. A spike may pass while there
+    is time to recover. At the end there is none: what is high then is neither saved nor handed over.
+    """
+    last = done == cfg.max_iters
+    since, level = high_since(losses + [(done, val_loss)] * (last and val_loss > 0), cfg)
+    now, why = losses[-1][1], ''
+    if bad >= 0:
+        why = f"the gradient of iteration {bad} is not finite"
+    elif not math.isfinite(now + val_loss):
+        why = f"after iteration {done - 1} the loss is {now}, the validation loss {val_loss}"
+    elif since is not None and (last or done - since >= cfg.guard_patience):
+        why = f"since iteration {since} the loss, {val_loss or now:.4f} now, is more than guard_nats=" \
+              f"{cfg.guard_nats:g} above its lowest level, {level:.4f}"
+    if why and RANK > 0:
+        sys.exit(2)         # all ranks come here together; one tells
+    if why:
+        kept = os.path.join(cfg.out_dir, 'ckpt.pt')
+        before = [f"{event} {name} at iteration {it}" for it, event, name in events if it < done]
+        raise UserError(f"diverged: {why}; the last event of the removal was {(before or ['none'])[-1]}; "
+                        + (f"{kept} of before is kept" if os.path.exists(kept) else "nothing was saved")
+                        + ". Try a longer taper_iters, wider gaps, more iterations or a lower rate")
 
 
-class Stopped(Exception):
-    """(the iteration to go on with, the signal that asked for it)"""
+ASKED = []      # (signal, time) of what asked the run to stop
 
 
-def ask_to_stop():
-    """From now on SIGTERM and Ctrl-C finish the step and save. Returns a list: the signals that came."""
-    asked, when = [], []
-
-    def handler(number, frame):
-        if number == signal.SIGINT and when and time.time() - when[0] > 1:     # torchrun passes the first one on as a second
-            raise KeyboardInterrupt
-        if not asked and RANK == 0:
-            print("\nfinishing this step, then saving (Ctrl-C again: stop at once)", file=sys.stderr)
-        asked.append(number)
-        when.append(time.time())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
-    return asked
+def ask_to_stop(number, frame):
+    """SIGTERM and Ctrl-C finish the iteration and save. A second Ctrl-C, later, stops at once."""
+    # torchrun passes a Ctrl-C on, so that two come within a moment
+    if number == signal.SIGINT and ASKED and time.time() - ASKED[0][1] > 1:
+        raise KeyboardInterrupt
+    ASKED.append((number, time.time()))
 
 # -----------------------------------------------------------------------------
-# The end of a run.
+# Evaluation.
 
-def finish(cfg, model, data, base):
-    """After a removal: folds, checks, saves out_dir/hf and prints what came of it."""
+@torch.no_grad()
+def token_losses(evaluator, data, full=False):
+    """For each token of the validation windows -> (1 or 4, windows, T) float32, alike on all ranks.
+
+    The cross-entropy in nats: NaN where nothing is predicted, infinite where a logit is not finite.
+    With `full` also the prediction's entropy in nats, its largest probability, and whether that
+    token was the right one (0 or 1).
+    """
+    table = torch.zeros(4 if full else 1, len(data.starts()), data.cfg.block_size)
+    for first, x, y in data.windows():
+        logits = evaluator(x)[0]
+        for i in range(min(len(x), table.shape[1] - first)):    # all logits in float32 are too large
+            z = logits[i].float()
+            loss = F.cross_entropy(z, y[i], ignore_index=-1, reduction='none')
+            values = [loss.masked_fill(~z.sum(-1).isfinite(), math.inf)]
+            if full:
+                logp, top = z.log_softmax(-1), z.softmax(-1).max(-1)
+                values += [-(logp.exp() * logp).sum(-1), top.values, (top.indices == y[i]).float()]
+            table[:, first + i] = torch.stack(values).masked_fill(y[i] == -1, math.nan).cpu()
+    return all_reduce(table).numpy()
+
+
+def mean_and_error(losses):
+    """losses (windows, T), NaN where nothing was predicted -> (mean, its standard error).
+
+    A window, not a token, is one draw: the losses within a text go together.
+    """
+    there = ~np.isnan(losses)
+    n, sums = there.sum(1), np.where(there, losses, 0).sum(1, dtype=np.float64)
+    mean, k = sums.sum() / n.sum(), (n > 0).sum()
+    square = np.square(sums - mean * n).sum() * k / max(k - 1, 1)
+    return mean, np.sqrt(square) / n.sum() if k > 1 else np.nan
+
+
+def calibration(table):
+    """token_losses(full=True) -> (expected calibration error, 15 bins, arXiv 1706.04599; entropy)."""
+    there = ~np.isnan(table[0].ravel())
+    _, entropy, confidence, right = table.reshape(4, -1)[:, there].astype(np.float64)
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    error = np.abs(np.bincount(bins, confidence - right, 15)).sum() / len(right)
+    return error, entropy.mean()
+
+
+def loss_table(named, noun):
+    """{model: losses (windows, T)}, one or two -> a table of each, and of the first minus the second.
+
+    The mean alone hides a model that explodes on rare inputs: LN-free GPT-2 XL has a mean of 130 and
+    a median of 1.09 on The Pile (arXiv 2507.02559).
+    """
+    lines = [f"{'nats per ' + noun:<30}{noun + 's':>12}" + ''.join(
+        f"{name:>12}" for name in ('mean', 'std. error', 'median', '99.9%', 'max'))]
+    if len(named) == 2:
+        x, y = named.values()
+        named = named | {'difference, token by token': x - y}
+    for name, losses in named.items():
+        lines.append(name[-30:])
+        for label, part in (('all', losses), ('the first of a window', losses[:, :1]),
+                            ('2nd to 64th', losses[:, 1:64]), ('from the 65th on', losses[:, 64:])):
+            values = part[~np.isnan(part)]
+            if values.size:
+                numbers = *mean_and_error(part), *np.quantile(values, (0.5, 0.999)), values.max()
+                lines.append(f"  {label:<28}{values.size:>12,}"
+                             + ''.join(f"{number:>12.4f}" for number in numbers))
+    return '\n'.join(lines)
+
+
+def compare(cfg, given):
+    """eval_only: the losses of init_from, and of control if named, over val.bin. Writes nothing."""
+    check(cfg.init_from != 'scratch', "nothing to evaluate: name a model, --init_from=MODEL")
+    device, autocast, dtype, compiled = start_machine(cfg)
+    data = Data(cfg, device)
+    model = on_all_ranks(load_model, cfg, given, data)[0]
+    on_all_ranks(data.open, model.config.vocab_size, ['val'])
+    models, tables = {cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from: model}, {}
+    if cfg.control:
+        control = on_all_ranks(GPT2.from_pretrained, cfg.control)
+        sizes = control.config.vocab_size, model.config.vocab_size
+        check(sizes[0] == sizes[1], f"control={cfg.control} and init_from={cfg.init_from} have "
+                                    f"vocabularies of {sizes} tokens: expected one vocabulary")
+        check_tokenizer(data, companions(cfg.control), cfg.control)
+        control.crop_block_size(cfg.block_size)
+        models[f'{cfg.control} (control)'] = control
+    for name, model in models.items():
+        set_eot(model.eval().to(device), data)
+        evaluator = torch.compile(model, fullgraph=True) if compiled else model
+        with autocast:
+            tables[name] = token_losses(evaluator, data, full=True)
+        model.cpu()
+        bad = np.isinf(tables[name][0])
+        if bad.any():
+            raise UserError(f"{name} gives NaN or infinite logits for {bad.sum():,} {data.noun}s of "
+                            f"{data.dir}/val.bin, first in the window from {data.noun} "
+                            f"{data.starts()[bad.any(1).argmax()]:,} on: there is no mean to report")
+    losses = {name: table[0] for name, table in tables.items()}
+    mean, error = mean_and_error(next(iter(losses.values())))
+    print0(f"val loss {mean:.4f} nats per {data.noun}, standard error {error:.4f}; {data.dir}/val.bin, "
+           f"{len(data.starts()):,} windows of {cfg.block_size}, {dtype}\n\n"
+           f"{loss_table(losses, data.noun)}\n")
+    for name, table in tables.items():
+        ece, entropy = calibration(table)
+        print0(f"{name}: calibration error (ECE) {ece:.4f}, entropy {entropy:.4f} nats")
+
+# -----------------------------------------------------------------------------
+# Handing over. The model is written first: nothing that is printed or drawn later can cost it.
+
+def hand_over(r):
+    """The end of a run: writes hf/ if no LayerNorm is left; then the table, a sample, the picture."""
+    cfg, raw = r.cfg, r.raw.eval()
+    ckpt, hf, picture = (os.path.join(cfg.out_dir, n) for n in ('ckpt.pt', 'hf', 'loss.png'))
     if not cfg.remove_ln:
-        print(f"saved {cfg.out_dir}/ckpt.pt")
-        return
-    model.eval()
-    x = next(data.windows()[1])[1][:4]
+        return print0(f"saved {ckpt}")
     torch.set_float32_matmul_precision('highest')       # TF32 would drown what is looked for
     try:
-        folded = model.fold_ln()
-    except BadInput as e:
-        print(f"no LN-free model to hand over: {e}; {cfg.out_dir}/ckpt.pt holds the model as it is")
-        return
-    with torch.no_grad():
-        logits = model(x)[0]
-        diff, scale = (folded(x)[0] - logits).abs().max().item(), logits.abs().max().item()
-    if not diff <= 1e-3 * max(scale, 1):     # float32 rounding is far below; also where a logit is not a number
-        raise BadInput(f"the folded model's logits differ from the unfolded one's by {diff:.2g} (largest logit {scale:.3g}): nothing "
-                       f"is handed over; {cfg.out_dir}/ckpt.pt holds the model as it is")
-    try:
-        if 'tokenizer' not in data.meta:
-            raise BadInput(f"{data.dir} has no meta.json, which would name its tokenizer")
-        tokenizer = get_tokenizer(data.meta['tokenizer'])
-        torch.manual_seed(cfg.seed)
-        ids = folded.generate(torch.tensor([[model.config.eot_token_id]], device=x.device), 240, temperature=0.8, top_k=40)[0, 1:].tolist()
-        text = tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
-        sample = "a sample from the LN-free model:\n" + '\n'.join('    ' + line for line in text.splitlines())
-        files = tokenizer_files(tokenizer, cfg.block_size)
-    except BadInput as e:       # bins of unknown origin, or offline
-        sample, files = f"no sample, and no tokenizer beside the model: {e}", {}
-    files['README.md'] = report.model_card(cfg, base, model, data.meta, data.unit, bool(files))
-    hf = os.path.join(cfg.out_dir, 'hf')
-    new = f'{hf}.new.{os.getpid()}'
-    export(model, new, {name: text.encode() for name, text in files.items()})
-    if os.path.exists(hf):      # the run was resumed after its end, and somebody may have edited what it wrote
-        aside = next(f'{hf}.{n}' for n in range(1, 10 ** 6) if not os.path.exists(f'{hf}.{n}'))
-        os.rename(hf, aside)
-        print(f"note: {hf} was there already and is now {aside}")
-    os.rename(new, hf)
-
-    print(f"\n{report.result_table(cfg.out_dir, cfg.control, len(model.sites()), data.unit)}\n\n"
-          f"folded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})\n\n{sample}")
-    try:
-        picture = os.path.join(cfg.out_dir, 'loss.png')
-        report.plot(picture, [cfg.out_dir] + [cfg.control] * bool(cfg.control))
-        print(f"\nthe loss curves:     {picture}")
-    except ModuleNotFoundError:
-        print("\nno picture of the loss curves: matplotlib is not installed (pip install matplotlib)")
-    print(f"the LN-free model:   {hf}")
+        folded = raw.fold_ln()
+    except UserError as e:
+        folded = print0(f"no LN-free model to hand over: {e}")
+    if folded:
+        x = next(r.data.windows())[1][:4]
+        with torch.no_grad():
+            logits = raw(x)[0]
+            diff, scale = (folded(x)[0] - logits).abs().max().item(), logits.abs().max().item()
+        # float32 rounding is far below, and a NaN is not below
+        check(diff <= 1e-3 * max(scale, 1), f"the folded model's logits differ by {diff:.2g} (largest "
+              f"{scale:.3g}): nothing is handed over; {ckpt} holds the model as it is")
+        files = r.files
+        if not vocabulary(files):       # the model brought no tokenizer: that of the data
+            name = r.data.meta.get('tokenizer')
+            made = attempt('tokenizer', lambda: tokenizer_files(get_tokenizer(name), cfg.block_size))
+            files = {k: text.encode() for k, text in (made or {}).items()} | files
+        card = attempt('model card', model_card, r, bool(vocabulary(files))) or ''
+        if os.path.exists(hf):          # resumed after its end: somebody may have edited what is there
+            aside = next(f'{hf}.{n}' for n in range(1, 10 ** 6) if not os.path.exists(f'{hf}.{n}'))
+            os.rename(hf, aside)
+            print0(f"note: {hf} was there already and is now {aside}")
+        raw.save_pretrained(hf, files | {'README.md': card.encode('utf-8', 'replace')})
+    print0('\n' + (attempt('table', result_table, r) or ''))
+    if folded:
+        print0(f"folded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})")
+        print0(attempt('sample', sample, r, folded))
+    attempt('picture', plot, picture, [cfg.out_dir, *[cfg.control] * bool(cfg.control)])
+    print0(f"the loss curves:     {picture}" if os.path.exists(picture) else '')
+    print0(f"the LN-free model:   {hf}" if folded else f"the checkpoint:      {ckpt}")
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if '--help' in argv or '-h' in argv:
-        print(__doc__ + '\n' + '\n'.join(f"    --{f.name}={f.default!r}" for f in KEYS.values()))
-        return
-    handlers, status = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}, 0
+def attempt(what, fn, *args):
+    """fn(*args); if it fails, a note, and None."""
     try:
-        cfg, given = load_config(argv)
-        if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
-            cfg.init_from = 'resume'    # torchrun started us anew, because a worker died
-        if cfg.bench:
-            settings = [('this setting', cfg)]
-            if cfg.versus:
-                settings.append((cfg.versus, load_config(argv + ['--' + kv for kv in cfg.versus.split()])[0]))
-            bench(settings)
-        elif cfg.eval_only:
-            evaluate(cfg, given)
-        else:
-            with ExitStack() as held:
-                train(cfg, given, held)
-    except BadInput as e:
-        status = 2
-        if LOCAL_RANK == 0 or dist.is_initialized():    # what all find wrong at the start is told once
-            print(f"train.py: {e}", file=sys.stderr)
-    except OSError as e:
-        status = 2
-        print(f"train.py: {e.strerror or e}{f': {e.filename}' if e.filename else ''}; --init_from=resume goes on from the last checkpoint", file=sys.stderr)
-    except Stopped as e:
-        status = 128 + e.args[1]
-        if RANK == 0:
-            print(f"train.py: stopped and saved before iteration {e.args[0]}; go on with the same command and --init_from=resume", file=sys.stderr)
-    except SystemExit as e:     # a rank that leaves the telling to another
-        status = e.code
-    except KeyboardInterrupt:
-        status = 130
-        print("train.py: interrupted; --init_from=resume goes on from the last checkpoint in out_dir", file=sys.stderr)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if WORLD > 1:
-        gc.collect()    # a DDP that lives until the process ends, in a cycle, makes torch 2.11 abort there now and then
-    if status:
-        sys.exit(status)
+        return fn(*args)
+    except Exception as e:
+        print0(f"note: no {what} ({one_line(e)})")
+
+
+def read_log(out_dir):
+    """A run's log.jsonl, as a list. Raises UserError if it is missing, damaged or has no evaluation."""
+    path = os.path.join(out_dir, 'log.jsonl')
+    try:
+        with open(path) as f:
+            entries = [json.loads(line) for line in f]
+        if any(e['event'] == 'eval' and isinstance(e['val_loss'], float) for e in entries):
+            return entries
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is missing, damaged or has no evaluation: expected the log of a run")
+
+
+def evaluations(out_dir):
+    return [e for e in read_log(out_dir) if e['event'] == 'eval']
+
+
+def result_rows(r):
+    """[(name, validation loss, LN sites left)]: before, the control where there is one, after."""
+    own, left = evaluations(r.cfg.out_dir), len(r.raw.sites_left())
+    before = left + sum(event == 'remove' for _, event, _ in r.events)
+    rows = [('pre-trained', own[0]['val_loss'], before)]
+    if r.cfg.control:
+        last = evaluations(r.cfg.control)[-1]
+        when = f", at {last['iter']}" * (last['iter'] != own[-1]['iter'])
+        rows.append((f'control (LN kept){when}', last['val_loss'], before))
+    return rows + [('LN removed' if left else 'LN-free', own[-1]['val_loss'], left)]
+
+
+def result_table(r):
+    rows, control, noun = result_rows(r), r.cfg.control, r.data.noun
+    lines = [f"{'':<28}{'val nats/' + noun:>16}{'gap to control':>16}{'LN sites left':>16}"]
+    for name, loss, left in rows:
+        gap = f"{loss - rows[1][1]:+.4f}" if control and name != 'pre-trained' else ''
+        lines.append(f"{name:<28}{loss:>16.4f}{gap:>16}{left:>16}")
+    looks = [e for e in read_log(r.cfg.out_dir) if e['event'] == 'giant']
+    if len(looks) > 1:
+        times = [f"{max(e[k].values()):.1f}" for k in ('bos', 'eot') for e in (looks[0], looks[-1])]
+        lines.append("largest std, in ordinary tokens' stds: position 0 {} before, {} after; "
+                     "end-of-text {}, {}".format(*times))
+    if not control:
+        lines.append("(no control: run the same configs with config/control.py behind them and "
+                     "another out_dir, and name that with --control)")
+    return '\n'.join(lines)
+
+
+def sample(r, model):
+    own = vocabulary(r.files)
+    tokenizer = get_tokenizer(r.cfg.out_dir if own else r.data.meta.get('tokenizer'))
+    torch.manual_seed(r.cfg.seed)
+    start = torch.tensor([[model.config.eot_token_id]], device=model.wte.weight.device)
+    ids = model.generate(start, 240, temperature=0.8, top_k=40)[0, 1:].tolist()
+    text = tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
+    lines = ''.join(f'    {line}\n' for line in text.splitlines())
+    return f"\na sample from the LN-free model:\n{lines}"
+
+
+def model_card(r, tokenizer):
+    """README.md of the folder that is handed over: this run's facts."""
+    cfg, c, noun, on = r.cfg, r.raw.config, r.data.noun, r.identity
+    groups = {}
+    for it, event, name in r.events:
+        kind = name.split('.', 2)[-1] if event == 'remove' else f'constants of {name} merged'
+        groups.setdefault(kind, []).append(it)
+    times = '; '.join(f"{kind} at iteration {its[0]}" + f" to {its[-1]}" * (its[-1] != its[0])
+                      for kind, its in groups.items())
+    rows = '\n'.join(f"| {name} | {loss:.4f} |" for name, loss, _ in result_rows(r))
+    hub = r.base != 'scratch' and not r.base.startswith('./')
+    what = 'A model trained from scratch' if r.base == 'scratch' else r.base.removeprefix('./')
+    auto = "\ntokenizer = AutoTokenizer.from_pretrained(folder)" * tokenizer
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, interpretability, layernorm-free]
+{f'base_model: {r.base}' if hub else '# base_model: not on the hub'}
+---
+# A GPT-2 without LayerNorm
+
+{what} with every LayerNorm removed by fine-tuning: the division by the token's own
+standard deviation was replaced by a constant, one site after another
+([arXiv 2409.13710](https://arxiv.org/abs/2409.13710)). Only linear maps read the residual stream.
+
+| cross-entropy, nats per {noun}, validation split of {cfg.dataset}, {on['windows']:,} windows | |
+|---|---|
+{rows}
+
+* **Model:** {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}, {c.vocab_size} tokens
+* **Data:** {' '.join(r.data.meta.get('source', [cfg.dataset]))} (tokenizer {r.data.meta.get('tokenizer')})
+* **Training:** {cfg.max_iters:,} iterations of {cfg.batch_tokens:,} {noun}s, learning rate
+  {cfg.learning_rate:g}, seed {cfg.seed}, {date.today()}
+* **Removal:** {times}; each over {max(cfg.taper_iters, 1)} iterations; auxiliary loss {cfg.aux_loss_weight:g}
+
+```python
+from transformers import {'AutoTokenizer, ' * tokenizer}GPT2LMHeadModel
+model = GPT2LMHeadModel.from_pretrained(folder)     # this folder, or its name on the hub{auto}
+```
+
+transformers has no switch for "no LayerNorm": the modules are still there, but with
+`layer_norm_epsilon` 1e12 each divides by 1e6, whatever the token, and its weight is scaled to match.
+Do not set another epsilon. **Use float32 or bfloat16**: weights of 1e6 do not fit float16. For
+float16 write a folded model with a smaller epsilon: `python model.py MODEL FOLDER --float16`.
+"""
+
+
+def plot(path, runs):
+    """Draws training losses (thin, smoothed) and validation losses (dots), and the first run's events."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    colours = {'ln_2': 'orange', 'ln_1.qk': 'green', 'ln_1.v': 'red', 'ln_f': 'purple', 'merge': 'gray'}
+    fig, ax = plt.subplots(figsize=(9, 5), layout='constrained')
+    values, marked = [], set()
+    for run in runs:
+        entries = read_log(run)
+        train, val = ([(e['iter'], e[k]) for e in entries if e['event'] == event]
+                      for event, k in (('train', 'loss'), ('eval', 'val_loss')))
+        width = max(len(train) // 6, 1)     # one batch's loss says more of the batch than of the model
+        smooth = [np.convolve(z, np.ones(width) / width, 'valid') for z in zip(*train)]
+        line, = ax.plot(*smooth, lw=1, alpha=0.6, label=f'{run}: training, mean of {width} logged')
+        ax.plot(*zip(*val), 'o-', ms=4, color=line.get_color(), label=f'{run}: validation')
+        values += [v for _, v in val] + list(smooth[1])
+        for e in entries if run == runs[0] else []:
+            if e['event'] in ('remove', 'merge'):
+                kind = e.get('site', 'x.x.merge').split('.', 2)[-1]
+                label = None if kind in marked else f'{kind} removed'.replace('merge removed', 'merge')
+                ax.axvline(e['iter'], color='tab:' + colours[kind], lw=0.8, ls=':', label=label)
+                marked.add(kind)
+    low, high = min(values), np.quantile(values, 0.95)      # a start from scratch would flatten the rest
+    margin = high - low
+    ax.set(xlabel='iteration', ylabel='nats', ylim=(low - 0.05 * margin, high + 0.3 * margin))
+    fig.legend(loc='outside lower center', ncols=2, fontsize=8)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
 
 
 if __name__ == '__main__':

@@ -1,31 +1,30 @@
 """
-The follow-up's schedule (arXiv 2507.02559) for GPT-2 large: 36 layers, 1200 iterations.
+The follow-up's run (arXiv 2507.02559) for GPT-2 large, as published: 36 layers, 600 iterations of 0.5M tokens.
 
     torchrun --nproc_per_node=8 train.py config/remove_ln_large.py
-    torchrun --nproc_per_node=8 train.py config/remove_ln_large.py --remove_ln=False --out_dir=out/remove_ln_large_control
 
-The published schedule, learning rate and auxiliary weight; warm-up and decay are ours: a tenth of the run, then cosine
-to a tenth of the learning rate at its end.
+Ours: each site fades over 20 iterations instead of going at once, and dropout is off (theirs: 0.1).
 """
 out_dir = 'out/remove_ln_large'
 init_from = 'gpt2-large'
 dataset = 'openwebtext'
 batch_size = 4
 batch_tokens = 512 * 1024
-max_iters = 1200
+max_iters = 600
+lr_decay_iters = 1200
 learning_rate = 3e-4
-min_lr = 3e-5
-warmup_iters = 120
-eval_interval = 100
+min_lr = 4e-5
+warmup_iters = 15
+weight_decay = 0.01
+beta2 = 0.999
+eval_interval = 50
 
 remove_ln = True
 start_ln2 = 30
-gap_ln2 = 4
-start_ln1qk = 174           # right after the last ln_2
-gap_ln1qk = 4
-start_ln1v = 318
+gap_ln2 = gap_ln1qk = 4
+start_ln1qk = start_ln2 + 36 * gap_ln2
+start_ln1v = start_ln1qk + 36 * gap_ln1qk
 gap_ln1v = 6
-start_lnf = 534
-start_eot = 536
-start_bos = 546
+start_lnf = start_ln1v + 36 * gap_ln1v
+taper_iters = 20
 aux_loss_weight = 0.03

@@ -1,2 +1,0 @@
-"""All constants measured when the first site goes."""
-measure_once = True

@@ -1,3 +1,0 @@
-"""No constants of their own for position 0 and end-of-text."""
-start_eot = 0
-start_bos = 0

@@ -1,0 +1,3 @@
+"""The control of floor_half."""
+remove_ln = False
+min_lr = 5e-4

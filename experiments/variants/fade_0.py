@@ -1,0 +1,2 @@
+"""One constant for all tokens, each site in one iteration."""
+taper_iters = 0
