@@ -7,7 +7,7 @@ HellaSwag accuracy of any model (Zellers et al. 2019, arXiv 1905.07830): which o
     --data=FILE.jsonl   the questions       (default: data/hellaswag_val.jsonl, downloaded once)
     --limit=N           the first N only    (default: all 10,042)
     --json=OUT          the results, and each ending's score, as JSON
-    --device=           cpu or cuda         (default: cuda if there is one)
+    --device=           cpu, cuda or mps         (default: cuda if there is one)
 
 Two conventions are in use, and differ in the text as much as in the score; both are computed in one pass:
 
@@ -21,7 +21,6 @@ Two conventions are in use, and differ in the text as much as in the score; both
 import json
 import os
 import re
-import sys
 import time
 
 import numpy as np
@@ -30,8 +29,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model import GPT2, UserError as BadInput
-from prepare import Bytes, GPT2BPE
+from model import GPT2, UserError, check, command, companions, write
+from prepare import get_tokenizer, vocabulary
 
 URL = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
 QUESTIONS = 10042
@@ -89,7 +88,7 @@ def score(model, rows, device, batch_tokens):
     """The sum of each ending's log-likelihoods in nats -> (len(rows),) float64, the same on all ranks.
 
     Rows of similar length share a batch; batches are dealt to the ranks, and are the same for any number of them.
-    Raises BadInput at a logit that is NaN or infinite.
+    Raises UserError at a logit that is NaN or infinite.
     """
     from tqdm import tqdm
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i][0]), i))
@@ -117,10 +116,8 @@ def score(model, rows, device, batch_tokens):
         dist.all_reduce(total)
     if total.isnan().any():
         i = total.isnan().nonzero()[0].item()
-        ids = torch.from_numpy(rows[i][0][:-1].astype(np.int64)).to(device)
-        t = first_bad_token(model, ids)
-        raise BadInput(f"the model gives a NaN or infinite logit: question {i // 8 + 1}, {STYLES[i // 4 % 2]} style, ending {i % 4}"
-                       + (f", first at token {t} (id {ids[t]})" if t is not None else '') + "; no accuracy is computed from such a model")
+        raise UserError(f"the model gives a NaN or infinite logit: question {i // 8 + 1}, {STYLES[i // 4 % 2]} "
+                        f"style, ending {i % 4}; no accuracy is computed from such a model")
     return total
 
 
@@ -147,156 +144,117 @@ def accuracies(questions, rows, sums):
 # The questions.
 
 def read(path, limit=None):
-    """The questions of a .jsonl file. Raises BadInput with the number of a line that is none."""
+    """The questions of a .jsonl file. Raises UserError with the number of a line that is none."""
     questions = []
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             for n, line in enumerate(f, 1):
                 if limit and len(questions) == limit:
                     break
-                if not line.strip():
-                    continue
-                try:
+                if line.strip():
                     q = json.loads(line)
-                    for field in ('activity_label', 'ctx', 'ctx_a', 'ctx_b'):
-                        if not isinstance(q[field], str):
-                            raise BadInput(f"{field} is {q[field]!r}, expected text")
-                    if not (isinstance(q['endings'], list) and len(q['endings']) == 4 and all(isinstance(e, str) for e in q['endings'])):
-                        raise BadInput("expected `endings` to be a list of four texts")
-                    if str(q['label']) not in ('0', '1', '2', '3'):
-                        raise BadInput(f"label is {q['label']!r}, expected 0, 1, 2 or 3")
-                    if not q['ctx'].strip():
-                        raise BadInput("ctx is empty")
-                except KeyError as e:
-                    raise BadInput(f"{path}, line {n}: the field {e} is missing")
-                except BadInput as e:
-                    raise BadInput(f"{path}, line {n}: {e}")
-                except (ValueError, TypeError, RecursionError) as e:
-                    raise BadInput(f"{path}, line {n}: not a question as JSON ({e})")
-                questions.append(q)
-    except OSError as e:
-        raise BadInput(f"cannot read the questions {path}: {e.strerror}")
+                    for name in ('activity_label', 'ctx', 'ctx_a', 'ctx_b'):
+                        check(isinstance(q[name], str), f"{name} is {q[name]!r}, expected text")
+                    good = isinstance(q['endings'], list) and [type(e) for e in q['endings']] == [str] * 4
+                    check(good, f"endings is {q['endings']!r}, expected a list of four texts")
+                    check(str(q['label']) in ('0', '1', '2', '3'), f"label is {q['label']!r}, expected 0 to 3")
+                    check(q['ctx'].strip(), "ctx is empty")
+                    questions.append(q)
     except UnicodeDecodeError as e:
-        raise BadInput(f"{path} is not UTF-8 text: {e}")
-    if not questions:
-        raise BadInput(f"{path} holds no questions")
+        raise UserError(f"{path} is not UTF-8 text: {e}")
+    except KeyError as e:
+        raise UserError(f"{path}, line {n}: the field {e} is missing")
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path}, line {n}: {e}; expected a question as JSON")
+    check(questions, f"{path} holds no questions")
     return questions
 
 
 def download(url, path, attempts=5):
-    """Fetches the official validation file to `path`, which stands there only when complete and well-formed."""
-    from tqdm import tqdm
-    tmp = path + '.partial'
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        for attempt in range(attempts):
-            try:
-                with requests.get(url, stream=True, timeout=(10, 30)) as r, open(tmp, 'wb') as f:
-                    r.raise_for_status()
-                    size = int(r.headers.get('Content-Length', 0)) or None
-                    with tqdm(desc=os.path.basename(path), total=size, unit='B', unit_scale=True, disable=None) as bar:
-                        for chunk in r.iter_content(1 << 16):
-                            f.write(chunk)
-                            bar.update(len(chunk))
-                if (n := len(read(tmp))) != QUESTIONS:
-                    raise BadInput(f"{n} questions, expected {QUESTIONS}")
-                os.replace(tmp, path)
-                return
-            except (requests.RequestException, BadInput) as e:
-                reason = str(e).splitlines()[0]
-                if isinstance(e, requests.HTTPError) and e.response.status_code < 500:
-                    break       # not there, or not for us: asking again does not help
-                if attempt + 1 < attempts:
-                    time.sleep(2 ** attempt)
-    except OSError as e:
-        reason = str(e)
-    finally:
-        if os.path.exists(tmp):
-            os.remove(tmp)
-    raise BadInput(f"the questions cannot be downloaded ({reason}): put the official hellaswag_val.jsonl at {path}, or name it with --data=FILE.jsonl")
+    """Fetches the official validation file to `path`, which stands there only when complete."""
+    for attempt in range(attempts):
+        try:
+            answer = requests.get(url, timeout=(10, 60))
+            answer.raise_for_status()
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write(path + '.new', answer.content)
+            n = len(read(path + '.new'))
+            check(n == QUESTIONS, f"{n} questions, expected {QUESTIONS}")
+            return os.replace(path + '.new', path)
+        except (requests.RequestException, UserError) as e:
+            reason = str(e).splitlines()[0]
+            if isinstance(e, requests.HTTPError) and e.response.status_code < 500:
+                break       # not there, or not for us: asking again does not help
+            time.sleep(2 ** attempt * (attempt + 1 < attempts))
+        finally:
+            if os.path.exists(path + '.new'):
+                os.remove(path + '.new')
+    raise UserError(f"cannot download the questions ({reason}): put the official hellaswag_val.jsonl at {path}, "
+                    f"or name it with --data=FILE.jsonl")
 
 # -----------------------------------------------------------------------------
 
-def evaluate(argv):
-    options = {'data': None, 'limit': None, 'json': None, 'device': 'cuda' if torch.cuda.is_available() else 'cpu'}
-    names = [a for a in argv if not a.startswith('--')]
+def tokenizer_of(source, vocab_size):
+    """The tokenizer that the model brings; without one, GPT-2's or bytes, by the size of its vocabulary."""
+    if vocabulary(companions(source)):
+        return get_tokenizer(source)
+    # some pad the vocabulary to a multiple of 64 or 128
+    name = 'bytes' if vocab_size == 257 else 'gpt2' if 50257 <= vocab_size < 50257 + 128 else None
+    check(name, f"{source} brings no tokenizer, and has a vocabulary of {vocab_size} tokens; expected GPT-2's "
+                f"(50257) or bytes (257): put its tokenizer.json into its folder")
+    return get_tokenizer(name)
+
+
+@command
+def main(argv):
+    options = {'data': FILE, 'limit': '0', 'json': '', 'device': 'cuda' if torch.cuda.is_available() else 'cpu'}
+    names = [os.path.expanduser(a) for a in argv if not a.startswith('--')]
     for arg in argv:
         if arg.startswith('--'):
             key, eq, value = arg[2:].partition('=')
-            if key not in options or not value:
-                raise BadInput(f"{arg}: expected one of {', '.join(f'--{k}=' for k in options)}")
-            options[key] = value
-    if len(names) != 1:
-        raise BadInput(f"expected one MODEL, got {len(names)}: a hub id, a Hugging Face folder or a run's out_dir")
-    limit, device, out = options['limit'], options['device'], options['json']
-    if limit is not None and (not limit.isdecimal() or int(limit) < 1):
-        raise BadInput(f"--limit={limit}: expected a whole number of at least 1")
-    if device not in ('cpu', 'cuda') or device == 'cuda' and not torch.cuda.is_available():
-        raise BadInput(f"--device={device} cannot be used here: type --device=cpu")
+            check(key in options and value, f"{arg}: expected one of {', '.join(f'--{k}=' for k in options)}")
+            options[key] = os.path.expanduser(value)
+    check(len(names) == 1, f"expected one MODEL, got {len(names)}: a hub id, a Hugging Face folder or a run's out_dir")
+    data, limit, out, device = (options[k] for k in ('data', 'limit', 'json', 'device'))
+    check(limit.isdecimal() and ('--limit=0' not in argv), f"--limit={limit}: expected a whole number of at least 1")
+    usable = device == 'cpu' or device == 'cuda' and torch.cuda.is_available() \
+        or device == 'mps' and torch.backends.mps.is_available()
+    check(usable, f"--device={device} cannot be used here: type --device=cpu")
     if out and RANK == 0:
-        try:
-            open(out, 'a').close()      # before an hour of computing, not after
-        except OSError as e:
-            raise BadInput(f"--json={out} cannot be written: {e.strerror}")
+        open(out, 'a').close()      # before an hour of computing, not after
     if device == 'cuda':
         device = f'cuda:{LOCAL_RANK}'
         torch.set_float32_matmul_precision('highest')
-
     model = GPT2.from_pretrained(names[0]).eval().to(device)
-    vocab = model.config.vocab_size
-    if vocab == Bytes.vocab_size:
-        tokenizer = Bytes()
-    elif GPT2BPE.vocab_size <= vocab < GPT2BPE.vocab_size + 128:     # some pad the vocabulary to a multiple of 64 or 128
-        tokenizer = GPT2BPE()
-    else:
-        raise BadInput(f"{names[0]} has a vocabulary of {vocab} tokens; expected GPT-2's ({GPT2BPE.vocab_size}) or bytes ({Bytes.vocab_size})")
-    if options['data'] is None and RANK == 0 and not os.path.exists(FILE):
+    tokenizer = tokenizer_of(names[0], model.config.vocab_size)
+    if data == FILE and RANK == 0 and not os.path.exists(FILE):
         download(URL, FILE)
-    if options['data'] is None and WORLD > 1:
-        dist.init_process_group('gloo')     # so that all wait for the file
-    questions = read(options['data'] or FILE, limit and int(limit))
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group('gloo')
-    t0 = time.time()
-    all_rows = rows(questions, tokenizer.encode, model.config.block_size)
-    # at most so many tokens a batch: their logits are 0.8 GB on the CPU, 3.3 GB on a GPU
-    sums = score(model, all_rows, device, 4096 if device == 'cpu' else 16384)
-    result, scores = accuracies(questions, all_rows, sums)
+    try:
+        if WORLD > 1:
+            dist.init_process_group('gloo')     # so that all wait for the file
+        questions = read(data, int(limit))
+        t0 = time.time()
+        all_rows = rows(questions, tokenizer.encode, model.config.block_size)
+        # at most so many tokens a batch: their logits are 0.8 GB on the CPU, 3.3 GB on a GPU
+        sums = score(model, all_rows, device, 4096 if device == 'cpu' else 16384)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if RANK > 0:
         return
+    result, scores = accuracies(questions, all_rows, sums)
     truncated = sum(any(lost for _, _, lost in all_rows[q * 8:q * 8 + 8]) for q in range(len(questions)))
+    if out:
+        found = {'model': names[0], 'questions': len(questions), 'truncated': truncated, **result, 'scores': scores}
+        write(out, json.dumps(found).encode())
     print(f"{names[0]}: {len(questions):,} questions of HellaSwag in {time.time() - t0:.0f} s")
     if truncated:
-        print(f"questions longer than the model's context of {model.config.block_size} tokens, which lost some on the left: {truncated:,}")
+        print(f"questions longer than the model's context of {model.config.block_size} tokens, which lost some on "
+              f"the left: {truncated:,}")
     print(f"\n{'':<18}{'accuracy':>10}{'std. error':>12}")
     for name in ('acc', 'acc_norm', 'harness_acc', 'harness_acc_norm'):
         error = result[name + '_stderr']
         print(f"{name:<18}{result[name]:>10.2%}" + (f"{error:>12.2%}" if error is not None else ''))
-    if out:
-        try:
-            with open(out + '.tmp', 'w') as f:
-                json.dump({'model': names[0], 'questions': len(questions), 'truncated': truncated, **result, 'scores': scores}, f)
-            os.replace(out + '.tmp', out)
-        except OSError as e:
-            raise BadInput(f"--json={out} cannot be written: {e.strerror}")
-
-
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if '--help' in argv or '-h' in argv or not argv:
-        print(__doc__)
-        return
-    try:
-        evaluate(argv)
-    except BadInput as e:
-        if RANK == 0:       # all ranks find the same
-            print(f"eval_hellaswag.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == '__main__':
