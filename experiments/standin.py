@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'
 from model import GPT2, GPT2Config      # noqa: E402
 
 GIANT = 64              # neurons that write the vector, and as many that erase it
-SIZE = 1900.0         # what they write into each of the two channels
+SIZE = 1700.0         # what they write into each of the two channels
 
 
 @torch.no_grad()
