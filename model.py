@@ -7,7 +7,7 @@ around it, then folding, loading and saving.
 
     python model.py MODEL FOLDER [--folded] [--float16]    # writes MODEL as a new Hugging Face folder
         --folded     an LN-free model with its constants folded into the weights
-        --float16    an LN-free model whose numbers fit float16 (see save_pretrained)
+        --float16    the same, in numbers that fit float16 (epsilon 1e8: see save_pretrained)
 
 `ln_mode` says what stands where GPT-2 has a LayerNorm:
     'real'   LayerNorm, numerically GPT-2's
@@ -436,7 +436,7 @@ class GPT2(nn.Module):
 
         files: {name: bytes} to write beside them, such as the tokenizer's. Without LayerNorm the LN modules stay, in
         the published convention: epsilon 1e12, so that each divides by 1e6 whatever the token, and weights scaled by
-        1e6 / s. These do not fit float16; eps=1e8 does where w / s is below 6, at the price of var / 2e8.
+        1e6 / s. These do not fit float16; a folded model's do with eps=1e8, at a relative error of var / 2e8.
         transformers has one epsilon for the whole model and no extra parameters: what it cannot express (a removal
         half done, another replacement, a 'none' model that reads the residual stream's mean) raises UserError.
         """
@@ -673,7 +673,7 @@ def main(argv):
         raise UserError(f"expected MODEL FOLDER [--folded] [--float16], got {' '.join(argv)}")
     source, folder = map(os.path.expanduser, names)
     check(not os.path.exists(folder), f"{folder} exists already: choose another name, or move it away first")
-    model = GPT2.from_pretrained(source, 'none' if '--folded' in flags else None)
+    model = GPT2.from_pretrained(source, 'none' if flags else None)
     model.save_pretrained(folder, companions(source), 1e8 if '--float16' in flags else HF_EPS)
     n = len(model.sites_left())
     print(f"{folder}: {model.num_params():,} parameters, {f'{n} LayerNorm sites' if n else 'no LayerNorm left'}")

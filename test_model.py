@@ -267,3 +267,374 @@ def test_what_transformers_cannot_express_is_refused(tmp_path):
     assert not (tmp_path / 'x').exists()
 
 
+
+
+class Fork(model.LayerNorm):
+    """A replacement as a forker writes it: a saturating function with a parameter of its own."""
+
+    def __init__(self, config, sides=('',)):
+        super().__init__(config, sides)
+        if self.mode == 'fake':
+            self.alpha = torch.nn.Parameter(torch.full((1,), 0.5))
+
+    def frozen(self, x, kind):
+        return torch.tanh(self.alpha * x) * self.weight + self.bias
+
+
+@torch.no_grad()
+def test_another_replacement_is_written_in_one_place(tmp_path, monkeypatch):
+    random_model().save_pretrained(tmp_path / 'stock')
+    monkeypatch.setattr(model, 'LayerNorm', Fork)
+    fork = GPT2.from_pretrained(tmp_path / 'stock', 'fake').eval()      # its own parameter begins fresh
+    assert fork.h[0].ln_2.alpha.item() == 0.5
+    assert difference(fork(IDX)[0], random_model()(IDX)[0]) < 1e-6
+    fork.h[0].ln_2.alpha.fill_(0.7)
+    for gate in fork.sites().values():
+        gate.fill_(1)
+    model.save_checkpoint(tmp_path, fork)
+    again = GPT2.from_pretrained(tmp_path).eval()
+    assert again.h[0].ln_2.alpha.item() == pytest.approx(0.7) and torch.equal(again(IDX)[0], fork(IDX)[0])
+    for attempt in (lambda: fork.save_pretrained(tmp_path / 'x'), fork.fold_ln):    # neither writes another function
+        with pytest.raises(UserError, match='no stock LayerNorm'):
+            attempt()
+    assert not (tmp_path / 'x').exists()
+
+
+@torch.no_grad()
+def test_float16_takes_the_folded_model_with_a_smaller_epsilon(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    fake = remove_all(random_model('fake'), IDX)
+    model.save_checkpoint(tmp_path, fake)
+    model.main([str(tmp_path), str(tmp_path / 'half'), '--float16'])
+    half = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'half', dtype=torch.float16).eval()
+    assert difference(half(IDX).logits.float(), fake(IDX)[0]) < 0.02
+    whole = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'half').eval()
+    assert difference(whole(IDX).logits, fake(IDX)[0]) < 1e-3
+
+# -----------------------------------------------------------------------------
+# The schedule.
+
+def test_the_papers_pace_event_by_event():
+    cfg, _ = train.load_config([str(REPO / 'config/remove_ln.py'), '--start_eot=1060', '--start_bos=1160', '--taper_iters=0'])
+    expected = [(200 + 20 * i, 'remove', f'h.{i}.ln_2') for i in range(12)]
+    expected += [(440 + 20 * i, 'remove', f'h.{i}.ln_1.qk') for i in range(12)]
+    expected += [(680 + 30 * i, 'remove', f'h.{i}.ln_1.v') for i in range(12)]
+    expected += [(1040, 'remove', 'ln_f'), (1060, 'merge', 'eot'), (1160, 'merge', 'bos')]
+    assert train.schedule(cfg, 12) == expected
+    model = GPT2(GPT2Config(block_size=4, vocab_size=9, n_layer=12, n_head=1, n_embd=4, ln_mode='fake'))
+    calls, logged = [], []
+
+    def measured():
+        calls.append(it)
+        return torch.arange(1.0, 76).view(25, 3) + 100 * len(calls)
+    for it in range(cfg.max_iters):
+        logged += train.apply_schedule(expected, cfg, it, model, measured)
+        gone = sum(when <= it for when, what, _ in expected if what == 'remove')
+        assert sum(g.item() for g in model.sites().values()) == gone
+        if it == 1100:      # end-of-text is merged, position 0 not yet
+            assert all(ln.std[EOT] == ln.std[TOKEN] != ln.std[BOS] for ln in model.layernorms().values())
+    assert [(e['iter'], e['event'], e.get('site') or e['kind']) for e in logged] == expected
+    assert len(calls) == 25 and max(calls) == 1040       # ln_1's two sides share what was measured for the first
+    std = {e['site']: e['std'] for e in logged if e['event'] == 'remove'}
+    assert std['h.3.ln_1.qk'] == std['h.3.ln_1.v'] != std['h.3.ln_2']
+    assert model.fold_ln().config.ln_mode == 'none'
+
+
+def test_a_taper_fades_gates_and_merges_and_ends_exactly():
+    cfg, _ = train.load_config(REMOVE + ['--taper_iters=4', '--max_iters=30'])
+    events = train.schedule(cfg, 2)
+    model = GPT2(GPT2Config(block_size=4, vocab_size=9, n_layer=2, n_head=1, n_embd=4, ln_mode='fake'))
+    gates, stds, log = [], [], []
+    for it in range(17):
+        log += train.apply_schedule(events, cfg, it, model, lambda: torch.tensor([[2.0, 10.0, 4.0]] * 5))
+        gates.append(model.sites()['h.0.ln_2'].item())
+        stds.append(model.h[0].ln_2.std.tolist())
+    assert gates == [0, 0, 0.25, 0.5, 0.75] + [1.0] * 12
+    assert stds[2:] == [[2, 10, 4]] * 9 + [[2, 10, 3.5], [2, 10, 3], [2, 8, 2.5], [2, 6, 2], [2, 4, 2], [2, 2, 2]]
+    assert [e['iter'] for e in log if e['event'] == 'merge'] == [11, 13]
+    model.h[0].ln_2.std[:] = torch.tensor([0.1, 33000.7, 4.0])      # where rounding would leave a difference
+    for it in range(13, 17):
+        train.apply_schedule(events, cfg, it, model, None)
+    assert model.h[0].ln_2.std[BOS] == model.h[0].ln_2.std[TOKEN]
+    with pytest.raises(UserError, match='removes h.0.ln_2 twice'):
+        train.check_schedule(events + events[:1], cfg, {})
+
+
+@pytest.mark.parametrize('name, lr, low, warmup, aux, iters, cosine, first, gap', [
+    ('fast', 6e-4, 3e-4, 25, 0.1, 300, 300, 20, 2), ('medium', 6e-4, 3e-4, 10, 0.1, 500, 500, 20, 2),
+    ('large', 3e-4, 4e-5, 15, 0.03, 600, 1200, 30, 4), ('xl', 1e-4, 2e-5, 20, 0.01, 800, 1200, 50, 4)])
+def test_the_follow_ups_settings_are_the_published_ones(name, lr, low, warmup, aux, iters, cosine, first, gap):
+    cfg, _ = train.load_config([str(REPO / f'config/remove_ln_{name}.py')])
+    train.check_config(cfg)
+    assert (cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, cfg.aux_loss_weight) == (lr, low, warmup, aux)
+    assert (cfg.max_iters, cfg.lr_decay_iters, cfg.start_ln2, cfg.gap_ln2) == (iters, cosine, first, gap)
+    assert (cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.grad_clip) == (0.01, 0.9, 0.999, 1.0)
+    layers = {'fast': 12, 'medium': 24, 'large': 36, 'xl': 48}[name]
+    events = train.schedule(cfg, layers)
+    train.check_schedule(events, cfg, {})
+    control, _ = train.load_config([str(REPO / f'config/{c}.py') for c in (f'remove_ln_{name}', 'control')])
+    assert not control.remove_ln and control.out_dir == f'out/remove_ln_{name}/control'
+    assert control.learning_rate == lr and control.max_iters == iters
+
+
+def test_the_warning_knows_what_a_schedule_does_to_a_giant_vector():
+    ratios = {'bos': {ln: r for ln, r in zip(['h.0.ln_1', 'h.0.ln_2', 'h.1.ln_1', 'h.1.ln_2', 'ln_f'], [2, 1, 40, 42, 11])},
+              'eot': dict.fromkeys(['h.0.ln_1', 'h.0.ln_2', 'h.1.ln_1', 'h.1.ln_2', 'ln_f'], 3.0)}
+
+    def told(*keys):
+        cfg, _ = train.load_config(REMOVE + ['--max_iters=99', *keys])
+        return train.warnings_of(train.schedule(cfg, 2), cfg, ratios)
+    assert len(told()) == 1 and re.search(r'iteration 13 .* position 0 .* 42 .*h.1.ln_2.*taper_iters', told()[0])
+    assert told('--taper_iters=20') == [] and told('--start_bos=-1') == []
+    assert 'iteration 3 ' in told('--start_bos=0')[0]       # without special constants: as h.1.ln_2 is removed
+
+# -----------------------------------------------------------------------------
+# Training runs.
+
+def test_one_training_graph_and_one_evaluation_graph_over_a_whole_removal(workspace):
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    train.main(TINY + REMOVE + ['--out_dir=compiled', '--max_iters=16', '--eval_interval=4', '--compile=True',
+                                '--aux_loss_weight=0.1', '--taper_iters=2', '--n_layer=1'])
+    assert counters['stats']['unique_graphs'] == 2 and not counters['graph_break'], counters
+    assert not counters['recompiles'] and [e['event'] for e in log_of('compiled')].count('remove') == 4
+
+
+def test_how_a_batch_is_cut_changes_no_loss(workspace):
+    """Not with the auxiliary loss either, nor when blocks are computed again."""
+    args = TINY + REMOVE + ['--max_iters=16', '--eval_interval=8', '--aux_loss_weight=1.0']
+    train.main(args + ['--out_dir=cut4'])
+    for name, more in (('cut1', ['--batch_size=1']), ('cut8', ['--batch_size=8', '--gradient_checkpointing=True'])):
+        train.main(args + [f'--out_dir={name}', *more])
+        assert_close(log_of(name), log_of('cut4'))
+
+
+def test_no_device_synchronisation_in_a_plain_step(workspace, monkeypatch):
+    """Only the logged iterations (0, 50, 99) and the evaluations (0, 100) may read a value back."""
+    seen, step = [], torch.optim.AdamW.step
+    for name in ('item', 'tolist', 'cpu', 'numpy', '__bool__', '__float__', '__int__'):
+        def spy(self, *args, original=getattr(torch.Tensor, name), **kwargs):
+            seen.append(name)
+            return original(self, *args, **kwargs)
+        monkeypatch.setattr(torch.Tensor, name, spy)
+
+    def counted(self):
+        seen.append('step')
+        return step(self)
+    monkeypatch.setattr(torch.optim.AdamW, 'step', counted)
+    train.main(TINY + ['--out_dir=nosync', '--max_iters=100', '--eval_interval=100', '--log_interval=50'])
+    steps = ' '.join(seen).split('step')
+    assert len(steps) == 101 and [i for i, s in enumerate(steps) if s.strip()] == [0, 1, 51, 100]
+
+
+def opened(*keys):
+    cfg, _ = train.load_config(['--dataset=tiny', '--block_size=32', *keys])
+    data = train.Data(cfg, 'cpu')
+    data.open(257, ['train', 'val'])
+    return data
+
+
+def test_evaluation_predicts_every_token_once_whatever_the_batch(workspace):
+    train.main(TINY + ['--out_dir=short', '--max_iters=2'])
+    model = GPT2.from_pretrained('short').eval()
+    tokens = torch.from_numpy(np.fromfile('data/tiny/val.bin', np.uint16).astype(np.int64))
+    windows = [tokens[i:i + 33] for i in range(0, len(tokens) - 1, 32)]
+    with torch.no_grad():
+        expected = torch.cat([torch.nn.functional.cross_entropy(model(w[None, :-1])[0][0], w[1:], reduction='none')
+                              for w in windows]).numpy()
+    assert len(expected) == len(tokens) - 1
+    for batch_size in (3, 7):
+        data = opened(f'--batch_size={batch_size}', '--eval_iters=0')
+        losses = train.token_losses(model, data)[0]
+        assert np.abs(losses[~np.isnan(losses)] - expected).max() < 1e-5
+        data.cfg.eval_iters = 10
+        assert train.token_losses(model, data).shape == (1, 10, 32)
+        # of windows that were cut elsewhere, the first token is not predicted from the text before it
+        data.cfg.eval_iters, data.meta['window'] = 0, 40
+        fewer = train.token_losses(model, data)[0].ravel()[:len(expected)]
+        assert np.flatnonzero(np.isnan(fewer)).tolist() == list(range(39, len(expected), 40))
+
+
+def test_statistics_of_an_evaluation():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(400, 100)) + rng.normal(size=(400, 1)) * 2 + 5     # what all tokens of a window share
+    a[-1, 70:] = np.nan
+    mean, error = train.mean_and_error(a)
+    assert mean == pytest.approx(np.nanmean(a)) and error == pytest.approx(2 / 20, rel=0.1)        # not 2.2 / 200
+    table = [line.split() for line in train.loss_table({'a': a, 'b': a - 0.25}, 'token').splitlines()]
+    assert table[2][:3] == ['all', '39,970', f'{mean:.4f}'] and table[2][-1] == f'{np.nanmax(a):.4f}'
+    assert [int(row[-6].replace(',', '')) for row in table[3:6]] == [400, 63 * 400, 36 * 400 - 30]
+    assert float(table[12][2]) == pytest.approx(0.25) and float(table[12][3]) < 1e-6
+    # half of the predictions are made with confidence 0.9 and right in 0.6 of the cases, half are calibrated
+    confidence, right = np.repeat([0.9, 0.5], 500), np.r_[np.arange(500) % 5 < 3, np.arange(500) % 2 < 1]
+    full = np.stack([np.ones(1000), np.full(1000, 0.7), confidence, right]).reshape(4, 10, 100)
+    assert train.calibration(full) == pytest.approx((0.15, 0.7))
+
+
+def test_evaluation_compares_two_models_on_any_number_of_processes(workspace, capsys):
+    for seed in (1, 2):
+        train.main(TINY + [f'--out_dir=pair{seed}', '--max_iters=2', f'--seed={seed}'])
+    args = [str(REPO / 'config/eval.py'), '--init_from=pair1', '--control=pair2', '--dataset=tiny', '--batch_size=3']
+    capsys.readouterr()
+    train.main(args)
+    one = capsys.readouterr().out
+    assert one.strip() in finished(run(*args, nproc=2))
+    means = [np.nanmean(train.token_losses(GPT2.from_pretrained(f'pair{s}').eval(), opened('--eval_iters=0'))[0],
+                        dtype=np.float64) for s in (1, 2)]
+    assert f'val loss {means[0]:.4f} nats per byte' in one and one.count('ECE') == 2
+    difference = [line.split() for line in one.splitlines() if line.startswith('  all')][2]
+    assert float(difference[2]) == pytest.approx(means[0] - means[1], abs=1.1e-4)
+
+
+def test_batches_are_a_function_of_seed_and_iteration_however_they_are_cut(workspace):
+    def batches(it, batch_size=4, seed=1):
+        data = opened('--batch_tokens=512', f'--batch_size={batch_size}', f'--seed={seed}')
+        rows = [torch.cat(data.batch(it, m), 1) for m in range(512 // 32 // batch_size)]
+        assert all(torch.equal(r[:, 1:32], r[:, 32:-1]) for r in rows)      # targets are the inputs, one on
+        return torch.cat(rows)
+    assert torch.equal(batches(3), batches(3, batch_size=8))
+    assert not torch.equal(batches(3), batches(4)) and not torch.equal(batches(3), batches(3, seed=2))
+    assert len({tuple(r) for r in batches(3).tolist()}) > 12
+
+
+def assert_close(a, b):
+    assert [(e['event'], e['iter']) for e in a] == [(e['event'], e['iter']) for e in b]
+    for x, y in zip(a, b):
+        for k in ('loss', 'val_loss'):
+            assert x.get(k, 0) == pytest.approx(y.get(k, 0), rel=2e-5)
+        assert x.get('std', {}) == pytest.approx(y.get('std', {}), rel=1e-4)
+
+
+LONG = TINY + REMOVE + ['--max_iters=40', '--eval_interval=8', '--dropout=0.1']
+
+
+@pytest.fixture(scope='session')
+def whole(workspace):
+    """What an uninterrupted run of one process did."""
+    finished(run(*LONG, '--out_dir=whole'))
+    return log_of('whole')
+
+
+def wait_for(out_dir, n, process):
+    """Until the run has logged n training steps."""
+    while not os.path.exists(f'{out_dir}/log.jsonl') or Path(f'{out_dir}/log.jsonl').read_text().count('"train"') < n:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def test_killed_and_resumed_on_any_number_of_processes_gives_the_same_losses(whole):
+    three = run(*LONG, '--out_dir=three', nproc=3)      # four micro-batches an iteration: they do not come out even
+    killed = run(*LONG, '--out_dir=killed')
+    wait_for('killed', 12, killed)
+    killed.kill()
+    killed.wait()
+    assert os.path.exists('killed/ckpt.pt') and log_of('killed')[-1]['iter'] < 39
+    finished(three)
+    assert_close(log_of('three'), whole)
+    shutil.copytree('killed', 'killed2')
+    one = run(*LONG, '--out_dir=killed', '--init_from=resume')
+    two = run(*LONG, '--out_dir=killed2', '--init_from=resume', nproc=2)
+    assert 'LN-free' in finished(one)
+    finished(two)
+    assert log_of('killed') == whole      # to the last bit
+    assert_close(log_of('killed2'), whole)
+    weights = [GPT2.from_pretrained(f'{d}/hf').lm_head.weight for d in ('killed', 'whole')]
+    assert torch.equal(*weights)
+    Path('killed/hf/README.md').write_text('my own words')      # resumed once more, after its end: they are kept
+    finished(run(*LONG, '--out_dir=killed', '--init_from=resume'))
+    assert Path('killed/hf.1/README.md').read_text() == 'my own words' and 'scratch' in Path('killed/hf/README.md').read_text()
+
+
+def test_killed_at_random_moments(whole):
+    """SIGKILL, three times, with a checkpoint every other iteration; then the log is an uninterrupted run's."""
+    rng, args = np.random.default_rng(3), [a for a in LONG if 'eval_interval' not in a] + ['--out_dir=random', '--eval_interval=2']
+    resume = lambda: args + ['--init_from=resume'] * os.path.exists('random/ckpt.pt')
+    for _ in range(3):
+        process = run(*resume())
+        before = os.path.getmtime('random/log.jsonl') if os.path.exists('random/log.jsonl') else 0
+        while process.poll() is None and (not os.path.exists('random/log.jsonl') or os.path.getmtime('random/log.jsonl') == before):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        if os.path.exists('random/ckpt.pt'):
+            model.load_checkpoint('random')
+    finished(run(*resume()))
+    assert [e for e in log_of('random') if e['event'] == 'train'] == [e for e in whole if e['event'] == 'train']
+    assert [e['iter'] for e in log_of('random') if e['event'] == 'eval'] == list(range(0, 41, 2))
+
+
+def test_killed_while_a_checkpoint_is_written(tmp_path):
+    for where in ('save', 'fsync', 'replace'):
+        model.save_checkpoint(tmp_path, random_model(n_layer=1), iter=1)
+        if (pid := os.fork()) == 0:
+            die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+            if where == 'save':
+                torch.save = lambda obj, f: (Path(f).write_bytes(b'PK half a checkpoint'), die())
+            else:
+                setattr(os, where, die)
+            model.save_checkpoint(tmp_path, random_model(n_layer=1), iter=2)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+        assert model.load_checkpoint(tmp_path)['iter'] == 1
+    model.save_checkpoint(tmp_path, random_model(n_layer=1), iter=2)
+    assert model.load_checkpoint(tmp_path)['iter'] == 2 and os.listdir(tmp_path) == ['ckpt.pt']
+
+
+def test_signals_finish_the_iteration_and_save(whole):
+    for number, nproc in ((signal.SIGINT, 1), (signal.SIGTERM, 2)):
+        out_dir = f'stopped{nproc}'
+        process = run(*LONG, f'--out_dir={out_dir}', nproc=nproc)
+        wait_for(out_dir, 5, process)
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+        it = model.load_checkpoint(out_dir)['iter']
+        assert process.returncode == (128 + number if nproc == 1 else 1) and 5 <= it < 40, output
+        assert f'saved after iteration {it - 1};' in output, output
+        finished(run(*LONG, f'--out_dir={out_dir}', '--init_from=resume'))
+        assert_close(log_of(out_dir), whole)
+
+
+def test_a_fault_of_one_rank_is_told_by_it(whole):
+    """Rank 1 alone finds its data too short, before the run begins: one line of ours, and rank 0 does not hang."""
+    code = ("import os, sys; sys.path.insert(0, %r); import train\n"
+            "if os.environ['RANK'] == '1':\n"
+            "    def bad(*a): raise train.UserError('only this rank sees it')\n"
+            "    train.load_model = bad\n"
+            "sys.argv[0] = 'train.py'; train.main()") % str(REPO)
+    Path('one_rank.py').write_text(code)
+    process = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'one_rank.py',
+                              *LONG, '--out_dir=never'], capture_output=True, text=True, timeout=100)
+    assert process.returncode == 1 and process.stderr.count('train.py: only this rank sees it') == 1, process.stderr
+    assert 'model.py", line' not in process.stderr and not os.path.exists('never')       # no traceback of ours
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(workspace):
+    import resource
+    args = TINY + ['--out_dir=full', '--eval_interval=4']
+    finished(run(*args, '--max_iters=4'))
+    kept = Path('full/ckpt.pt').read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, len(kept) // 2))
+    output = finished(run(*args, '--max_iters=8', '--init_from=resume', preexec_fn=limit), status=2)
+    assert output.splitlines()[-1].startswith('train.py: ') and 'ckpt.pt' in output.splitlines()[-1] and 'Traceback' not in output
+    assert Path('full/ckpt.pt').read_bytes() == kept and not list(Path('full').glob('*partial'))
+    finished(run(*args, '--max_iters=8', '--init_from=resume'))
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(workspace, capsys, monkeypatch):
+    args = TINY + REMOVE + ['--out_dir=diverged', '--eval_interval=4', '--max_iters=60', '--guard_patience=8', '--grad_clip=0']
+    train.main([a for a in args if 'max_iters' not in a] + ['--max_iters=16'])
+    kept = Path('diverged/ckpt.pt').read_bytes()
+    shutil.rmtree('diverged/hf')
+    step = train.step
+
+    def stops(said, fault, *more):
+        monkeypatch.setattr(train, 'step', fault)
+        error = refused(train, *args, '--init_from=resume', *more, capsys=capsys)
+        assert said in error and 'merge bos at iteration 13' in error and 'diverged/ckpt.pt' in error
+        assert Path('diverged/ckpt.pt').read_bytes() == kept and not os.path.exists('diverged/hf')
+    high = lambda first: lambda cfg, it, *a: (step(cfg, it, *a)[0] + 9 * (it >= first), torch.tensor(1.0), [])
+    stops('since iteration 18 ', high(18))
+    stops('since iteration 18 ', high(18), '--max_iters=20')     # no time is left to recover
+    stops('gradient of iteration 18 ', lambda cfg, it, *a: (step(cfg, it, *a)[0], torch.tensor(torch.nan if it == 18 else 1.0), []))
