@@ -494,6 +494,7 @@ def train(cfg, given):
     """A run, from the checks of its input to what it hands over."""
     device, autocast, dtype, compiled = start_machine(cfg)
     r = on_all_ranks(prepare_run, cfg, given, device)
+    on_all_ranks(claim_out_dir if RANK == 0 else id, r)
     raw, data, events, losses = r.raw.to(device).train(), r.data, r.events, r.losses
     raw.gradient_checkpointing, r.autocast = cfg.gradient_checkpointing, autocast
     # two graphs for the whole run: one to train; one to evaluate, which also measures the constants
@@ -601,20 +602,36 @@ def prepare_run(cfg, given, device):
     if cfg.remove_ln:
         check_schedule(events, cfg, {} if ckpt else {k: v.item() for k, v in raw.sites().items()})
     losses = check_resume(cfg, ckpt, raw.config.n_layer, log_path) if ckpt else []
-    wandb = start_wandb(cfg) if RANK == 0 else None
-    lock = claim(cfg.out_dir, 40 * raw.num_params()) if RANK == 0 else None
-    if RANK == 0:
-        with open(log_path, 'a') as f:
-            f.truncate(ckpt['log_bytes'] if ckpt else 0)    # what came later will happen again
-        for name, content in files.items():
-            os.makedirs(os.path.join(cfg.out_dir, 'tokenizer'), exist_ok=True)
-            write(os.path.join(cfg.out_dir, 'tokenizer', name), content)
     local = os.path.exists(cfg.init_from)       # a path is nobody's business
     base = './' + os.path.basename(cfg.init_from.rstrip('/')) if local else cfg.init_from
     return SimpleNamespace(
         cfg=cfg, data=data, raw=raw, files=files, events=events, losses=losses, identity=identity,
-        wandb=wandb, lock=lock, log_path=log_path, base=ckpt['base'] if ckpt else base,
+        log_path=log_path, log_bytes=ckpt['log_bytes'] if ckpt else 0, base=ckpt['base'] if ckpt else base,
         start=ckpt['iter'] if ckpt else 0, resumed=ckpt['optimizer'] if ckpt else None)
+
+
+def claim_out_dir(r):
+    """On rank 0: finds out, before the work, whether out_dir can be written, and begins to write there."""
+    out_dir, need = r.cfg.out_dir, 40 * r.raw.num_params()      # two checkpoints with moments, and hf/
+    r.wandb = start_wandb(r.cfg)
+    os.makedirs(out_dir, exist_ok=True)
+    r.lock = open(os.path.join(out_dir, '.lock'), 'w')
+    try:
+        if fcntl:           # the system lets go of the lock however this process ends
+            fcntl.flock(r.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {out_dir}: choose another --out_dir, or wait")
+    except OSError as e:    # some file systems have no locks
+        print0(f"note: {out_dir} cannot be locked ({e.strerror}): let no other run write there")
+    free = shutil.disk_usage(out_dir).free
+    check(free > need, f"{out_dir} has {free / 1e9:.1f} GB left, this run needs {need / 1e9:.1f}")
+    write(r.log_path + '.probe', b'')       # the calls that a checkpoint needs
+    os.remove(r.log_path + '.probe')
+    with open(r.log_path, 'a') as f:
+        f.truncate(r.log_bytes)             # what came later will happen again
+    for name, content in r.files.items():
+        os.makedirs(os.path.join(out_dir, 'tokenizer'), exist_ok=True)
+        write(os.path.join(out_dir, 'tokenizer', name), content)
 
 
 @command
@@ -760,23 +777,6 @@ def check_resume(cfg, ckpt, n_layer, log_path):
     return [(e['iter'], e['loss']) for e in entries if e['event'] == 'train']
 
 
-def claim(out_dir, need):
-    """Makes out_dir and finds out, before the work, whether it can be written. Returns its lock."""
-    os.makedirs(out_dir, exist_ok=True)
-    f = open(os.path.join(out_dir, '.lock'), 'w')
-    try:
-        if fcntl:           # the system lets go of the lock however this process ends
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is writing to {out_dir}: choose another --out_dir, or wait")
-    except OSError as e:    # some file systems have no locks
-        print0(f"note: {out_dir} cannot be locked ({e.strerror}): let no other run write there")
-    write(os.path.join(out_dir, '.lock'), b'')
-    free = shutil.disk_usage(out_dir).free      # for two checkpoints with AdamW's moments, and hf/
-    check(free > need, f"{out_dir} has {free / 1e9:.1f} GB left, this run needs {need / 1e9:.1f}")
-    return f
-
-
 def start_wandb(cfg):
     """Weights & Biases, if it was asked for. Raises UserError if it does not start."""
     if not cfg.wandb_log:
@@ -813,7 +813,7 @@ def log(r, **entry):
     if RANK == 0:
         with open(r.log_path, 'a') as f:
             f.write(json.dumps(entry) + '\n')
-    if r.wandb:
+    if RANK == 0 and r.wandb:
         values = {f"{entry['event']}/{k}": v for k, v in entry.items() if type(v) in (int, float)}
         r.wandb.log(values, step=entry['iter'])
 
