@@ -638,3 +638,539 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(workspace, capsy
     stops('since iteration 18 ', high(18))
     stops('since iteration 18 ', high(18), '--max_iters=20')     # no time is left to recover
     stops('gradient of iteration 18 ', lambda cfg, it, *a: (step(cfg, it, *a)[0], torch.tensor(torch.nan if it == 18 else 1.0), []))
+
+# -----------------------------------------------------------------------------
+# The hard case: a model with GPT-2's giant vector, and what a removal hands over.
+
+@pytest.fixture(scope='session')
+def standin(workspace):
+    """experiments/standin.py's model, trained for a moment on the standard library, and its control."""
+    prepare.main(['stdlib', '--tokenizer=bytes'])
+    sys.path.insert(0, str(REPO / 'experiments'))
+    import standin
+    standin.main(['standin', '--n_layer=3', '--n_embd=96', '--block_size=64'])
+    common = ['--dataset=stdlib', '--batch_size=16', '--batch_tokens=1024', '--eval_interval=400', '--eval_iters=200',
+              '--log_interval=5', '--device=cpu', '--compile=False', '--warmup_iters=10']
+    train.main(common + ['--init_from=standin', '--out_dir=giant', '--max_iters=250', '--learning_rate=2e-3', '--min_lr=2e-4'])
+    Path('paper.py').write_text("""_k = 6          # a sixth of the paper's iterations, and 3 layers for its 12
+max_iters, warmup_iters, lr_decay_iters = max_iters // _k, warmup_iters // _k, lr_decay_iters // _k
+start_ln2, start_ln1qk, start_ln1v, start_lnf = (s // _k for s in (start_ln2, start_ln1qk, start_ln1v, start_lnf))
+gap_ln2, gap_ln1qk, gap_ln1v = (4 * g // _k for g in (gap_ln2, gap_ln1qk, gap_ln1v))
+start_eot, start_bos = start_eot // _k, start_bos // _k
+taper_iters = min(taper_iters, 12)
+""")
+    scaled = [str(REPO / 'config/remove_ln.py'), 'paper.py', *common[:-1], '--init_from=giant', '--learning_rate=1e-3',
+              '--min_lr=1e-4']
+    train.main([*scaled, str(REPO / 'config/control.py')])
+    return scaled
+
+
+def test_the_flagship_survives_the_giant_vector_and_the_papers_text_does_not(standin, capsys):
+    giant = [e for e in log_of('out/remove_ln/control')]
+    train.main([*standin, '--control=out/remove_ln/control'])
+    out, log = capsys.readouterr().out, log_of('out/remove_ln')
+    ratios = [max(e['bos'].values()) for e in log if e['event'] == 'giant']
+    assert ratios[0] > 15 and ratios[1] < ratios[0] / 3 and 'warning' not in out     # it is there, and it is undone
+    kept = {e['iter']: e['loss'] for e in giant if e['event'] == 'train'}
+    worst = max(e['loss'] - kept[e['iter']] for e in log if e['event'] == 'train')
+    gap = val_loss('out/remove_ln') - val_loss('out/remove_ln/control')
+    assert worst < 1 and gap < 0.25, (worst, gap)
+    assert f'{gap:+.4f}' in out and f'{ratios[0]:.1f} before, {ratios[1]:.1f} after' in out and 'LN-free' in out
+    handed_over, checkpoint = GPT2.from_pretrained('out/remove_ln/hf').eval(), GPT2.from_pretrained('out/remove_ln').eval()
+    idx = torch.randint(0, 257, (2, 64))
+    assert handed_over.config.ln_mode == 'none' and difference(handed_over(idx)[0], checkpoint(idx)[0]) < 1e-3
+    # special constants merged late, in one iteration each: warned of, stopped, and nothing handed over
+    error = refused(train, *standin, '--out_dir=text', '--taper_iters=0', '--start_eot=176', '--start_bos=193', capsys=capsys)
+    assert 'diverged' in error and 'merge bos' in error and not os.path.exists('text/hf')
+
+
+def test_a_partial_removal_ends_with_its_checkpoint(standin, capsys):
+    more = ['--start_ln1qk=-1', '--start_ln1v=-1', '--start_lnf=-1', '--out_dir=partial', '--max_iters=120']
+    train.main([*standin, *more])
+    out = capsys.readouterr().out
+    assert re.search(r'LN removed +\d\.\d+ +7\n', out) and '7 of 10 sites' in out and not os.path.exists('partial/hf')
+    assert len(GPT2.from_pretrained('partial').sites_left()) == 7 and os.path.exists('partial/loss.png')
+
+
+def test_the_readmes_snippets_and_the_handed_over_folder(standin, capsys):
+    """Each runs, and what it calls logits is what our own model computes; generation through transformers' cache too."""
+    transformers = pytest.importorskip('transformers')
+    os.makedirs('out/demo', exist_ok=True)
+    if not os.path.exists('out/demo/hf'):
+        shutil.copytree('out/remove_ln/hf', 'out/demo/hf')
+    blocks = [b for b in re.findall(r'```python\n(.*?)```', (REPO / 'README.md').read_text(), re.S) if 'import' in b]
+    ours = GPT2.from_pretrained('out/remove_ln').eval()
+    assert len(blocks) == 2
+    for block in blocks:
+        Path('snippet.py').write_text(block)
+        names = runpy.run_path('snippet.py')
+        assert difference(names['logits'], ours(names['idx'])[0]) < 3e-4
+    names = set(os.listdir('out/remove_ln/hf'))
+    assert names == {'README.md', 'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json'}
+    card = Path('out/remove_ln/hf/README.md').read_text()
+    losses = [val_loss('out/remove_ln', 0), val_loss('out/remove_ln/control'), val_loss('out/remove_ln')]
+    assert all(f'| {loss:.4f} |' in card for loss in losses) and 'float16' in card and 'giant' in card and '3 layers' in card
+    tokenizer = transformers.AutoTokenizer.from_pretrained('out/remove_ln/hf')
+    encoded = tokenizer('import os<|endoftext|>', return_tensors='pt')
+    assert encoded['input_ids'].tolist() == [[*b'import os', 256]] and 'token_type_ids' not in encoded
+    theirs = transformers.GPT2LMHeadModel.from_pretrained('out/remove_ln/hf')
+    text = theirs.generate(encoded['input_ids'][:, :-1], max_new_tokens=40, do_sample=False)
+    assert text.tolist() == ours.generate(encoded['input_ids'][:, :-1], 40, temperature=0).tolist()
+
+
+def test_nothing_at_the_end_can_cost_the_model(standin):
+    """A terminal of ASCII, a sample that fails, a card that fails: hf/ is there, status 0."""
+    code = ("import sys; sys.path.insert(0, %r); import train\n"
+            "def bad(*a): raise UnicodeEncodeError('ascii', 'é', 0, 1, 'no')\n"
+            "train.model_card = train.plot = bad\n"
+            "train.sample = lambda *a: 'é文'\n"
+            "train.main()") % str(REPO)
+    args = [a for a in TINY + REMOVE if 'n_layer' not in a] + ['--n_layer=1', '--max_iters=16', '--out_dir=ascii']
+    process = subprocess.run([sys.executable, '-c', code, *args], env=os.environ | {'PYTHONIOENCODING': 'ascii'},
+                             capture_output=True, text=True)
+    assert process.returncode == 0 and GPT2.from_pretrained('ascii/hf'), process.stderr
+    assert r'\xe9' in process.stdout and 'no model card' in process.stdout
+
+
+# -----------------------------------------------------------------------------
+# What real users bring: models.
+
+@pytest.fixture
+def hub(tmp_path):
+    """A server on localhost that speaks the hub's protocol -> (its repositories, to be filled; environment; requests).
+
+    The numbers in repos['drop'] count GET requests for files that will break off in the middle.
+    """
+    repos, requests, files = {'drop': set()}, [], []    # {(kind, name): {revision: {file name: bytes}}}
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            """(status, body) of a request for /api/KIND/NAME[/tree/REVISION[/FOLDER]] or [/datasets]/NAME/resolve/REVISION/FILE."""
+            path = urllib.parse.unquote(self.path.split('?')[0])
+            for (kind, name), revisions in ((k, v) for k, v in repos.items() if k != 'drop'):
+                prefix = f'/{name}/resolve/' if kind == 'models' else f'/datasets/{name}/resolve/'
+                for i, (revision, files) in enumerate(revisions.items()):
+                    self.sha = f'{i:040x}'
+                    for r in (revision, self.sha):
+                        if path == f'/api/{kind}/{name}/revision/{r}' or path == f'/api/{kind}/{name}' and i == 0:
+                            return 200, json.dumps({'id': name, 'sha': self.sha, 'siblings': [{'rfilename': f} for f in files]}).encode()
+                        if path.startswith(f'/api/{kind}/{name}/tree/{r}'):
+                            folder = path.removeprefix(f'/api/{kind}/{name}/tree/{r}').strip('/')
+                            tree = [{'type': 'file', 'path': f, 'oid': f, 'size': len(b)} for f, b in files.items()]
+                            tree += [{'type': 'directory', 'path': str(d), 'oid': str(d)} for d in {d for f in files for d in list(Path(f).parents)[:-1]}]
+                            return 200, json.dumps(tree if 'recursive=true' in self.path.lower() else
+                                                   [t for t in tree if os.path.dirname(t['path']) == folder]).encode()
+                        if path.startswith(f'{prefix}{r}/') and path.removeprefix(f'{prefix}{r}/') in files:
+                            return 200, files[path.removeprefix(f'{prefix}{r}/')]
+            return 404, b''
+
+        def do_GET(self):
+            requests.append(self.path)
+            self.sha = ''
+            status, body = self.answer()
+            headers = {'ETag': f'"{len(body)}"', 'X-Repo-Commit': self.sha, 'Accept-Ranges': 'bytes'}
+            if status == 404:
+                headers = {'X-Error-Code': 'EntryNotFound' if '/resolve/' in self.path else 'RepoNotFound'}
+            elif part := re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', '')):
+                first, last = int(part[1]), min(int(part[2] or len(body)), len(body) - 1)
+                headers['Content-Range'] = f'bytes {first}-{last}/{len(body)}'
+                status, body = 206, body[first:last + 1]
+            self.send_response(status)
+            for header in (*headers.items(), ('Content-Length', str(len(body)))):
+                self.send_header(*header)
+            self.end_headers()
+            if self.command == 'GET':
+                files.append(self.path) if '/resolve/' in self.path else None
+                drop = '/resolve/' in self.path and len(files) in repos['drop']
+                self.wfile.write(body[:len(body) // 2] if drop else body)
+                self.close_connection = drop
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {k: v for k, v in os.environ.items() if k != 'HF_HUB_OFFLINE'}
+    yield repos, env | {'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'HF_HOME': str(tmp_path / 'cache'),
+                               'PYTHONPATH': str(REPO)}, requests
+    server.shutdown()
+
+
+
+
+def command_line(script, *args, env, cwd):
+    out = subprocess.run([sys.executable, str(REPO / script), *args], env=env, cwd=cwd, capture_output=True, text=True)
+    assert 'Traceback' not in out.stderr, out.stderr
+    return out
+
+
+def test_from_pretrained_downloads_from_a_hub(hub, tmp_path):
+    repos, env, requests = hub
+    ours = random_model()
+    ours.save_pretrained(tmp_path / 'repo', {'tokenizer.json': b'{}'})
+    files = {n: (tmp_path / 'repo' / n).read_bytes() for n in ('config.json', 'model.safetensors', 'tokenizer.json')}
+    repos['models', 'me/tiny'] = {'main': files | {'pytorch_model.bin': b'a pickle'}}
+    code = ("import sys, torch, model; m = model.GPT2.from_pretrained(sys.argv[1]).eval(); "
+            "print(m(torch.arange(31)[None])[0].double().sum().item(), *model.companions(sys.argv[1]))")
+    out = subprocess.run([sys.executable, '-c', code, 'me/tiny'], env=env, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    total, *names = out.stdout.split()
+    assert float(total) == pytest.approx(ours(torch.arange(31)[None])[0].double().sum().item(), rel=1e-4)
+    assert names == ['tokenizer.json'] and not any('pytorch_model.bin' in r for r in requests if 'resolve' in r)
+    out = command_line('model.py', 'me/nothing', 'x', env=env, cwd=tmp_path)
+    assert out.returncode == 2 and 'me/nothing' in out.stderr and out.stderr.count('\n') == 1
+
+
+@torch.no_grad()
+def test_checkpoints_of_other_savers(folder):
+    """Each computes what transformers computes from the same folder, or is refused."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(n_positions=31, vocab_size=101, n_embd=39, n_head=3, n_layer=3, initializer_range=0.2)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained('theirs')
+    whole = theirs.state_dict()
+    logits = theirs(IDX).logits
+
+    def stored(change, name='pytorch_model.bin'):
+        shutil.rmtree('x', ignore_errors=True)
+        os.makedirs('x')
+        shutil.copy('theirs/config.json', 'x')
+        sd = {k: v.clone() for k, v in whole.items()}
+        torch.save(change(sd), f'x/{name}')
+        return 'x'
+    for change in (lambda sd: sd, lambda sd: {k: v for k, v in sd.items() if k != 'lm_head.weight'},
+                   lambda sd: {k: v for k, v in sd.items() if k != 'transformer.wte.weight'},
+                   lambda sd: {'module.' + k: v for k, v in sd.items()}, lambda sd: {'_orig_mod.' + k: v for k, v in sd.items()},
+                   lambda sd: {k.removeprefix('transformer.'): v for k, v in sd.items()},
+                   lambda sd: sd | {'transformer.h.0.attn.bias': torch.ones(1, 1, 31, 31)}):
+        assert difference(GPT2.from_pretrained(stored(change)).eval()(IDX)[0], logits) < 1e-5
+    for change in (lambda sd: sd | {'lm_head.weight': sd['lm_head.weight'] + 1}, lambda sd: sd | {'score.weight': torch.ones(2)},
+                   lambda sd: {k: v for k, v in sd.items() if 'ln_f' not in k}):
+        with pytest.raises(UserError):
+            GPT2.from_pretrained(stored(change))
+    stored(lambda sd: {'model': {'_orig_mod.' + k: v for k, v in sd.items()}, 'iter_num': 3, 'model_args': {}}, 'ckpt.pt')
+    with pytest.raises(UserError, match='nanoGPT'):
+        GPT2.from_pretrained('x')
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ('ran',)
+    for name in ('pytorch_model.bin', 'ckpt.pt'):
+        stored(lambda sd: {'model': Evil()}, name)
+        with pytest.raises(UserError, match='damaged or not'):
+            GPT2.from_pretrained('x')
+    assert not os.path.exists('ran')
+
+
+def test_hostile_configs_are_refused_at_once(folder):
+    random_model().save_pretrained('ok')
+    config = json.loads(Path('ok/config.json').read_text())
+    for change in (dict(n_layer=10 ** 9), dict(n_embd=3 * 10 ** 18, n_head=3), dict(n_positions=-1), dict(vocab_size=2 ** 70),
+                   dict(n_embd='39'), dict(model_type='llama'), dict(activation_function='gelu'), dict(n_inner=7),
+                   dict(scale_attn_by_inverse_layer_idx=True), dict(layer_norm_epsilon=-1), dict(tie_word_embeddings='no')):
+        Path('ok/config.json').write_text(json.dumps(config | change))
+        t0 = time.time()
+        with pytest.raises(UserError):
+            GPT2.from_pretrained('ok')
+        assert time.time() - t0 < 5
+
+
+def german(folder):
+    """A GPT-2 folder with a tokenizer of its own: 300 tokens, end-of-text 0, a pad token, a chat template."""
+    tokenizers = pytest.importorskip('tokenizers')
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=['</s>', '<pad>'], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator([(REPO / 'README.md').read_text()], trainer)
+    random_model(vocab_size=300, block_size=32).save_pretrained(folder, {
+        'tokenizer.json': bpe.to_str().encode(), 'chat_template.jinja': b'{{ x }}', 'generation_config.json': b'{"pad_token_id": 1}'})
+    config = json.loads((Path(folder) / 'config.json').read_text())
+    ids = dict(bos_token_id=0, eos_token_id=[0, 5], pad_token_id=1)
+    (Path(folder) / 'config.json').write_text(json.dumps(config | ids))
+    return bpe
+
+
+def test_a_models_own_tokenizer_is_used_and_handed_on(folder, capsys):
+    bpe = german('german')
+    Path('t.txt').write_text('Grüße </s> <|endoftext|> and some more text ' * 400)
+    prepare.main(['t.txt', '--tokenizer=german', '--val_fraction=0.2'])
+    meta = json.loads(Path('data/t/meta.json').read_text())
+    ids = np.concatenate([np.fromfile(f'data/t/{s}.bin', np.uint16) for s in ('train', 'val')])
+    assert (meta['vocab_size'], meta['eot']) == (300, 0) and (ids == 0).sum() == 1 and bpe.decode(ids[:-1].tolist()) == Path('t.txt').read_text()
+    args = [a for a in TINY + REMOVE if not re.match('--(dataset|n_|block)', a)] + ['--init_from=german', '--max_iters=16']
+    train.main(args + ['--dataset=t', '--out_dir=run'])
+    for name in ('tokenizer.json', 'chat_template.jinja', 'generation_config.json'):
+        assert Path(f'run/hf/{name}').read_bytes() == Path(f'german/{name}').read_bytes()
+    config = json.loads(Path('run/hf/config.json').read_text())
+    assert (config['bos_token_id'], config['eos_token_id'], config['pad_token_id']) == (0, [0, 5], 1)
+    # data of another tokenizer is refused, in training and evaluation
+    prepare.main(['t.txt', '--tokenizer=bytes', '--name=other'])
+    meta = json.loads(Path('data/other/meta.json').read_text())
+    Path('data/other/meta.json').write_text(json.dumps(meta | {'vocab_size': 300}))
+    for more in (['--out_dir=never'], ['--eval_only=True', '--remove_ln=False']):
+        assert 'german' in refused(train, *args, '--dataset=other', *more, capsys=capsys)
+    assert not os.path.exists('never')
+
+
+def test_gpt2_with_added_tokens_takes_gpt2s_data():
+    bpe = gpt2()
+    vocab = bpe.vocab() | {'<pad>': 50257, '<user>': 50258}
+    assert prepare.fingerprint(vocab, 50257) == prepare.fingerprint(bpe.vocab(), 50257)
+    assert prepare.KNOWN[prepare.fingerprint(bpe.vocab(), 65536)] is prepare.GPT2BPE
+    swapped = vocab | {'the': vocab['Ġthe'], 'Ġthe': vocab['the']}
+    assert prepare.fingerprint(swapped, 50257) != prepare.fingerprint(bpe.vocab(), 50257)
+
+
+def gpt2():
+    try:
+        return prepare.get_tokenizer('gpt2')
+    except UserError as e:
+        pytest.skip(str(e))
+
+
+def test_tokenizer_files_equal_tiktoken(tmp_path):
+    transformers, bpe = pytest.importorskip('transformers'), gpt2()
+    for name, text in prepare.tokenizer_files(bpe, 1024).items():
+        (tmp_path / name).write_text(text, encoding='utf-8')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [t for t in NASTY if '\ud800' not in t] + [(REPO / 'test_model.py').read_text()]:
+        ids = bpe.bpe.encode(text, allowed_special='all')
+        assert tokenizer(text)['input_ids'] == ids and tokenizer.decode(ids) == text
+
+# -----------------------------------------------------------------------------
+# HellaSwag.
+
+def question(ctx_a='A man sits. He', ctx_b='', label=0, endings=('goes.', 'naïve 文字 “quote”.', 'no', 'is [title] Here [step] it  ends. '), activity='Sitting'):
+    return {'activity_label': activity, 'ctx_a': ctx_a, 'ctx_b': ctx_b, 'ctx': f'{ctx_a} {ctx_b}'.strip(), 'endings': list(endings), 'label': label}
+
+
+QUESTIONS = [question(), question('Then, the man.', 'the Woman', 1), question('[header] How to do [title] Begin. [step] Now [substeps]', '', '2'),
+             question('long ' * 60, 'end', 3, ('x', 'longer ' * 5, '[step]', 'é🙂')), question(endings=('y ' * 40, 'a', 'b', 'c'))]
+
+
+def test_hellaswag_texts_of_both_conventions():
+    texts = eval_hellaswag.texts
+    assert texts(QUESTIONS[1], 'completion') == ('Then, the man. the Woman', list(question()['endings']))
+    assert texts(QUESTIONS[1], 'harness') == ('Sitting: Then, the man. The woman', ['goes.', 'naïve 文字 “quote”.', 'no', 'is. Here it ends.'])
+    assert texts(QUESTIONS[2], 'harness')[0] == 'Sitting: How to do. Begin. Now '
+    assert eval_hellaswag.tokens('Now ', 'no', 'harness', lambda t: t) == ('Now', '  no')      # its space goes to the ending
+    assert eval_hellaswag.tokens('Now ', 'no', 'completion', lambda t: t) == ('Now ', ' no')
+
+
+@torch.no_grad()
+def test_hellaswag_scores_equal_one_ending_at_a_time(workspace):
+    model = random_model(block_size=64, vocab_size=257)
+    model.save_pretrained('hs')
+    questions = QUESTIONS * 3       # enough for several batches
+    Path('hs.jsonl').write_text('\n'.join(json.dumps(q) for q in questions) + '\n')
+    command = [sys.executable, str(REPO / 'eval_hellaswag.py'), 'hs', '--data=hs.jsonl', '--device=cpu']
+    out = subprocess.run([*command, '--json=1.json'], capture_output=True, text=True)
+    assert out.returncode == 0 and 'which lost some on the left: 9' in out.stdout, out.stderr + out.stdout
+    out = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *command[1:], '--json=2.json'],
+                         capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    one, two = (json.loads(Path(f'{n}.json').read_text()) for n in (1, 2))
+    assert one == two and one['questions'] == 15 and one['truncated'] == 9
+    right = {m: 0 for m in ('acc', 'acc_norm', 'harness_acc', 'harness_acc_norm')}
+    for q, found in zip(questions, one['scores'], strict=True):
+        for style in ('completion', 'harness'):
+            context, endings = eval_hellaswag.texts(q, style)
+            sums, lengths = [], []
+            for ending in endings:
+                n = len((' ' * (style == 'harness') * (len(context) - len(context.rstrip())) + ' ' + ending).encode())
+                ids = torch.tensor([*(context.rstrip() if style == 'harness' else context).encode()] + [0] * n)
+                ids[-n:] = torch.tensor([*(context + ' ' + ending).encode()][-n:])
+                ids = ids[-65:]
+                logp = model(ids[None, :-1])[0][0].log_softmax(-1)
+                n = min(n, 64)
+                sums.append(logp[torch.arange(64)[-n:] - 64 + len(ids) - 1, ids[-n:]].sum().item())
+                lengths.append(n if style == 'completion' else len(ending))
+            assert found[style]['loglikelihood'] == pytest.approx(sums, abs=1e-3)
+            assert found[style]['tokens' if style == 'completion' else 'characters'] == lengths
+            prefix = '' if style == 'completion' else 'harness_'
+            right[prefix + 'acc'] += np.argmax(sums) == int(q['label'])
+            right[prefix + 'acc_norm'] += np.argmax([s / n if n else -np.inf for s, n in zip(sums, lengths)]) == int(q['label'])
+    assert {m: one[m] for m in right} == {m: pytest.approx(n / 15) for m, n in right.items()}
+    assert one['acc_stderr'] == pytest.approx((one['acc'] * (1 - one['acc']) / 14) ** 0.5)
+
+
+def test_the_questions_are_downloaded_whole_or_not_at_all(tmp_path, monkeypatch):
+    body = ''.join(json.dumps(question(label=i % 4)) + '\n' for i in range(eval_hellaswag.QUESTIONS)).encode()
+    answers = []
+
+    class Files(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, sent = answers.pop(0)
+            self.send_response(status)
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(sent)
+
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Files)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(time, 'sleep', lambda s: None)
+    url, path = f'http://127.0.0.1:{server.server_port}/q', str(tmp_path / 'data/q.jsonl')
+    answers[:] = [(500, b''), (200, body[:1000]), (200, body.replace(b'"label": 3', b'"label": 4')), (200, body)]
+    eval_hellaswag.download(url, path)
+    assert Path(path).read_bytes() == body and os.listdir(tmp_path / 'data') == ['q.jsonl'] and not answers
+    os.remove(path)
+    answers[:] = [(503, b''), (404, b'')]
+    with pytest.raises(UserError, match='404'):
+        eval_hellaswag.download(url, path)
+    assert os.listdir(tmp_path / 'data') == []
+    server.shutdown()
+
+# -----------------------------------------------------------------------------
+# Data.
+
+def documents_of(name, split, eot):
+    ids = np.fromfile(f'data/{name}/{split}.bin', np.uint16).tolist()
+    docs = [[]]
+    for i in ids:
+        docs[-1].append(i)
+        if i == eot:
+            docs.append([])
+    assert docs.pop() == []
+    return docs
+
+
+NASTY = ['plain text, and  two  spaces', '', '<|endoftext|> is ordinary text here', 'naïve 文字 🙂 \u200b\n\n\t x', 'a lone \ud800 surrogate', ' ' * 50,
+         "don't I'll we've", '\r\nwindows\r\n']
+
+
+def test_bins_equal_tiktoken(folder, capsys):
+    bpe = gpt2().bpe
+    import pyarrow
+    import pyarrow.parquet
+    os.makedirs('corpus/deep')
+    Path('corpus/big.TXT').write_text((REPO / 'train.py').read_text() * 20)
+    Path('corpus/deep/a.jsonl').write_text('\n'.join(json.dumps({'text': t}) for t in [*NASTY, None]) + '\n\n')
+    clean = [t for t in NASTY if '\ud800' not in t]
+    pyarrow.parquet.write_table(pyarrow.table({'text': clean, 'other': list(range(len(clean)))}), 'corpus/p.parquet')
+    prepare.main(['corpus', '--name=bpe', '--val_fraction=0'])
+    big = Path('corpus/big.TXT').read_text()
+    assert documents_of('bpe', 'train', 50256) == [bpe.encode_ordinary(t) + [50256] for t in [big, *NASTY, *clean]]
+    out = capsys.readouterr().out
+    assert '1 .txt' in out and '1 .jsonl' in out and '1 rows without text' in out and '2 times <|endoftext|>' in out
+    meta = json.loads(Path('data/bpe/meta.json').read_text())
+    assert meta['tokenizer'] == 'gpt2' and meta['train']['documents'] == 1 + len(NASTY) + len(clean)
+    prepare.main(['corpus', '--name=bpe', '--val_fraction=0', '--max_tokens=5_000'])
+    assert documents_of('bpe', 'train', 50256) == [bpe.encode_ordinary(big)[:4999] + [50256]]
+
+
+def test_text_is_read_in_any_layout_and_nonsense_is_not(folder, capsys):
+    import gzip
+    text = 'naïve 文字, é'
+    os.makedirs('raw/sub')
+    good = {'a.txt': text.encode('utf-8-sig'), 'b.text': text.encode('utf-16'), 'c.jsonl': b'\xef\xbb\xbf' + json.dumps({'text': text}).encode(),
+            'd.json': json.dumps([{'text': text}] * 2).encode(), 'e.csv': f'text,n\n"{text}",1\n'.encode(), 'f.md.gz': gzip.compress(text.encode()),
+            'sub/G.TXT': text.encode()}
+    for name, content in good.items():
+        Path('raw', name).write_bytes(content)
+    Path('raw/latin.txt').write_bytes(text.encode('latin-1', 'replace'))
+    Path('raw/p.png').write_bytes(bytes(range(256)))
+    Path('raw/wide.txt').write_bytes('without a mark'.encode('utf-16-le'))
+    os.makedirs('elsewhere')
+    Path('elsewhere/h.txt').write_text(text)
+    os.symlink(os.path.abspath('elsewhere'), 'raw/link')
+    os.symlink(os.path.abspath('raw'), 'raw/sub/loop')
+    prepare.main(['raw', '--tokenizer=bytes', '--val_fraction=0'])
+    assert documents_of('raw', 'train', 256) == [[*text.encode(), 256]] * 9
+    out = capsys.readouterr().out
+    assert re.search('skipped: .*1 .png.*2 .txt', out), out
+    for name in ('latin.txt', 'wide.txt'):
+        assert 'iconv' in refused(prepare, f'raw/{name}', '--tokenizer=bytes', capsys=capsys)
+    Path('raw/t.csv').write_text('body\nx y z\n')
+    assert 'body' in refused(prepare, 'raw/t.csv', '--tokenizer=bytes', capsys=capsys)
+    prepare.main(['raw/t.csv', '--tokenizer=bytes', '--column=body', '--val_fraction=0'])
+    assert documents_of('t', 'train', 256) == [[*b'x y z', 256]]
+    assert sorted(os.listdir('data')) == ['raw', 't']
+
+
+def test_data_of_another_source_is_not_overwritten_and_a_link_is_followed(folder, capsys):
+    for name in ('a', 'b'):
+        os.makedirs(name)
+        Path(f'{name}/train.txt').write_text(f'this is {name}. ' * 50)
+    os.makedirs('disk')
+    os.makedirs('data')
+    os.symlink(os.path.abspath('disk'), 'data/train')
+    prepare.main(['a/train.txt', '--tokenizer=bytes'])
+    kept = Path('data/train/train.bin').read_bytes()
+    assert os.path.islink('data/train') and sorted(os.listdir('disk')) == ['meta.json', 'train.bin', 'val.bin']
+    assert '--name=' in refused(prepare, 'b/train.txt', '--tokenizer=bytes', capsys=capsys)
+    assert Path('data/train/train.bin').read_bytes() == kept
+    prepare.main(['a/train.txt', '--tokenizer=bytes', '--val_fraction=0'])      # the same source again
+    assert len(Path('data/train/train.bin').read_bytes()) > len(kept)
+
+
+def test_rows_of_token_ids(folder, capsys):
+    rng = np.random.default_rng(0)
+    windows = rng.integers(257, size=(50, 128)).tolist()
+
+    def prepared(rows, *args):
+        Path('ids.jsonl').write_text(''.join(json.dumps({'input_ids': r}) + '\n' for r in rows))
+        prepare.main(['ids.jsonl', '--val_fraction=1', *args])
+        return np.fromfile('data/ids/val.bin', np.uint16).tolist(), json.loads(Path('data/ids/meta.json').read_text())
+    flat = sum(windows, [])
+    ids, meta = prepared(windows, '--tokenizer=bytes', '--windows=True')
+    assert (ids, meta['window']) == (flat, 128)
+    assert prepared(windows, '--tokenizer=bytes', '--windows=True', '--max_tokens=1000')[0] == flat[:7 * 128]
+    assert prepared([[1, 2], [3]], '--tokenizer=bytes')[0] == [1, 2, 256, 3, 256]       # documents
+    if gpt2():
+        ids, meta = prepared([[1, 2], [65535]])        # of a tokenizer that nobody named
+        assert ids == [1, 2, 65535] and (meta['tokenizer'], meta['vocab_size'], meta['eot']) == ('unknown', 65536, None)
+    for bad in ([65536], [-1], [1.5], [300]):
+        Path('ids.jsonl').write_text(json.dumps({'input_ids': [1]}) + '\n' + json.dumps({'input_ids': bad}))
+        error = refused(prepare, 'ids.jsonl', '--tokenizer=bytes', capsys=capsys)
+        assert 'row 2' in error and str(bad[0]) in error
+
+
+def test_openwebtexts_validation_documents_are_nanogpts(folder, monkeypatch):
+    import datasets
+    split = datasets.Dataset.from_dict({'n': range(5000)}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    assert prepare.nanogpt_val(5000) == set(split['test']['n']) and len(prepare.nanogpt_val()) == 4007
+    monkeypatch.setattr(prepare, 'hub_rows', lambda name, config, split: ({'text': f'{name} {n}'} for n in range(4000)))
+    expected = sorted(n for n in prepare.nanogpt_val() if n < 4000)
+    for preset, train_documents in (('openwebtext', 4000 - len(expected)), ('openwebtext_val', 0)):
+        prepare.main([preset, '--tokenizer=bytes'])
+        assert documents_of(preset, 'val', 256) == [[*f'Skylion007/openwebtext {n}'.encode(), 256] for n in expected]
+        assert len(documents_of(preset, 'train', 256)) == train_documents
+
+
+def test_prepare_streams_from_a_hub(hub, tmp_path):
+    import pyarrow.parquet
+    repos, env, _ = hub
+
+    def parquet(prefix, n=300):
+        rows = [f'{prefix} {i}' for i in range(n)]
+        pyarrow.parquet.write_table(pyarrow.table({'text': rows + [None]}), tmp_path / 'p')
+        return (tmp_path / 'p').read_bytes(), np.concatenate([[*r.encode(), 256] for r in rows])
+    (one, ids_one), (two, ids_two) = parquet('one'), parquet('two')
+    readme = b"---\nconfigs:\n- config_name: one\n  data_files: one/*.parquet\n- config_name: two\n  data_files: two/*.parquet\n---\n"
+    repos['datasets', 'me/rows'] = {'main': {'data/train-00000-of-00001.parquet': one}}
+    repos['datasets', 'me/two'] = {'main': {'README.md': readme, 'one/0.parquet': one, 'two/0.parquet': two}}
+    repos['datasets', 'me/script'] = {'main': {'script.py': b'import os'}, 'refs/convert/parquet': {
+        'one/train/0000.parquet': one, 'two/partial-train/0000.parquet': two}}
+
+    def prepared(name, *args, status=0):
+        out = command_line('prepare.py', f'me/{name}', '--tokenizer=bytes', '--val_fraction=0', *args, env=env, cwd=tmp_path)
+        assert out.returncode == status, out.stderr
+        return out.stderr.splitlines()[-1] if status else (np.fromfile(tmp_path / f'data/{name}/train.bin', np.uint16), out.stdout)
+    ids, out = prepared('rows')
+    assert np.array_equal(ids, ids_one) and '1 rows without text' in out
+    for name in ('two', 'script'):
+        error = prepared(name, status=2)
+        assert 'one' in error and 'two' in error and not (tmp_path / f'data/{name}').exists()
+        assert np.array_equal(prepared(name, '--config=two', f'--name={name}')[0], ids_two)
+    assert 'partial' in prepared('script', '--config=two')[1]
+    assert 'test' in prepared('rows', '--split=test', '--name=x', status=2)
+    assert 'text' in prepared('rows', '--column=body', '--name=x', status=2)
+    repos['datasets', 'me/shards'] = {'main': {f'data/train-{k:05d}-of-00002.parquet': one for k in range(2)}}
+    repos['drop'] = set(range(1, 400, 3))      # one request in three breaks off in the middle
+    assert np.array_equal(prepared('shards')[0], np.concatenate([ids_one] * 2))
+    assert 'me/nothing' in prepared('nothing', status=2) and not (tmp_path / 'data/nothing').exists()
