@@ -174,7 +174,7 @@ def download(url, path, attempts=5):
     """Fetches the official validation file to `path`, which stands there only when complete."""
     for attempt in range(attempts):
         try:
-            answer = requests.get(url, timeout=(10, 60))
+            answer = requests.get(url, timeout=(10, 60), stream=True)
             answer.raise_for_status()
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write(path + '.new', answer.content)

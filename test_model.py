@@ -648,6 +648,7 @@ def standin(workspace):
     prepare.main(['stdlib', '--tokenizer=bytes'])
     sys.path.insert(0, str(REPO / 'experiments'))
     import standin
+    standin.SIZE = 180.0        # in so short a training it does not shrink
     standin.main(['standin', '--n_layer=3', '--n_embd=96', '--block_size=64'])
     common = ['--dataset=stdlib', '--batch_size=16', '--batch_tokens=1024', '--eval_interval=400', '--eval_iters=200',
               '--log_interval=5', '--device=cpu', '--compile=False', '--warmup_iters=10']
@@ -657,7 +658,7 @@ max_iters, warmup_iters, lr_decay_iters = max_iters // _k, warmup_iters // _k, l
 start_ln2, start_ln1qk, start_ln1v, start_lnf = (s // _k for s in (start_ln2, start_ln1qk, start_ln1v, start_lnf))
 gap_ln2, gap_ln1qk, gap_ln1v = (4 * g // _k for g in (gap_ln2, gap_ln1qk, gap_ln1v))
 start_eot, start_bos = start_eot // _k, start_bos // _k
-taper_iters = min(taper_iters, 12)
+taper_iters = min(taper_iters, 16)
 """)
     scaled = [str(REPO / 'config/remove_ln.py'), 'paper.py', *common[:-1], '--init_from=giant', '--learning_rate=1e-3',
               '--min_lr=1e-4']
@@ -1174,3 +1175,165 @@ def test_prepare_streams_from_a_hub(hub, tmp_path):
     repos['drop'] = set(range(1, 400, 3))      # one request in three breaks off in the middle
     assert np.array_equal(prepared('shards')[0], np.concatenate([ids_one] * 2))
     assert 'me/nothing' in prepared('nothing', status=2) and not (tmp_path / 'data/nothing').exists()
+
+# -----------------------------------------------------------------------------
+# Bad input: one line on stderr with the value and what to type, exit status 2, nothing written.
+
+@pytest.fixture(scope='session')
+def broken(workspace):
+    """What the cases below refer to."""
+    train.main(TINY + ['--out_dir=run', '--max_iters=2'])
+    train.main(TINY + REMOVE + ['--out_dir=free', '--max_iters=16'])
+    GPT2.from_pretrained('run').save_pretrained('model')
+    os.makedirs('busy')
+    lock = open('busy/.lock', 'w')      # another run, as long as the cases last
+    train.fcntl.flock(lock, train.fcntl.LOCK_EX)
+    Path('bad.py').write_text('batch_size = 4\nbatchsize = 8\n')
+    Path('crash.py').write_text('max_iters = 1 / 0\n')
+    Path('empty').mkdir()
+    for name, change in {'odd': b'x', 'grown': b'xx' * 99}.items():
+        shutil.copytree('data/tiny', f'data/{name}')
+        with open(f'data/{name}/train.bin', 'ab') as f:
+            f.write(change)
+    for name in ('big', 'bare', 'chars', 'wide', 'shortval'):
+        os.makedirs(f'data/{name}')
+        for split in ('train', 'val'):
+            shutil.copy(f'data/tiny/{split}.bin', f'data/{name}')
+    np.full(4000, 60000, np.uint16).tofile('data/big/train.bin')
+    np.fromfile('data/tiny/train.bin', np.uint16).astype(np.uint32).tofile('data/wide/train.bin')
+    Path('data/shortval/val.bin').write_bytes(b'x' * 40)
+    import pickle
+    Path('data/chars/meta.pkl').write_bytes(pickle.dumps({'vocab_size': 65, 'stoi': {'a': 0}}))
+    shutil.copytree('data/tiny', 'data/strange')
+    Path('data/strange/meta.json').write_text('{"vocab_size": 300}')
+    shutil.copytree('run', 'damaged')
+    os.truncate('damaged/ckpt.pt', 3000)
+    shutil.copytree('run', 'nolog')
+    os.truncate('nolog/log.jsonl', 10)
+    shutil.copytree('run', 'unlike')
+    log = Path('run/log.jsonl').read_text()
+    Path('unlike/log.jsonl').write_text(log.replace(json.loads(log.splitlines()[-1])['on']['val_sha256'], '0' * 16))
+    infinite = random_model('none', block_size=64, vocab_size=257)
+    infinite.wte.weight.data[ord('t')] = 3e38
+    os.makedirs('infinite')
+    model.save_checkpoint('infinite', infinite)
+    random_model(vocab_size=300).save_pretrained('odd_vocab')
+    Path('words.txt').write_text('some words')
+    Path('void.txt').write_text('')
+    Path('bad.jsonl').write_text('{"text": "fine"}\n{"text": 3}\n')
+    good = json.dumps(question())
+    for name, line in {'not_json': good[:50], 'label': json.dumps(question(label=4)), 'endings': json.dumps(question(endings='abc')),
+                       'field': good.replace('ctx_b', 'ctxb'), 'list': '[1]'}.items():
+        Path(f'{name}.jsonl').write_text(f'{good}\n{line}\n')
+    Path('good.jsonl').write_text(good)
+    yield lock
+
+
+NEW = [*TINY, '--out_dir=never']
+LOADED = ['--dataset=tiny', '--batch_size=4', '--batch_tokens=512', '--out_dir=never', '--warmup_iters=2', '--device=cpu']
+CASES = [
+    (train, ['--batchsize=8'], 'batch_size'),
+    (train, ['--batch_size=large'], 'large'),
+    (train, ['--max_iters=1.5'], '1.5'),
+    (train, ['--remove_ln=1'], 'bool'),
+    (train, ['--batch_size=0'], 'batch_size is 0'),
+    (train, ['--batch_size', '8'], '--key=value'),
+    (train, ['--dtype=float16'], 'bfloat16'),
+    (train, ['config/nothing.py'], 'config/nothing.py'),
+    (train, ['bad.py'], "'batchsize'"),
+    (train, ['crash.py'], 'ZeroDivisionError'),
+    (train, ['--device=abacus'], '--device=cpu'),
+    (train, [*NEW, '--learning_rate=1e-5'], '6e-05'),
+    (train, [*NEW, '--warmup_iters=7', '--max_iters=6'], 'warmup_iters=7'),
+    (train, [*NEW, '--lr_decay_iters=2'], 'lr_decay_iters=2'),
+    (train, [*NEW, '--dataset=nothing'], 'prepare.py nothing'),
+    (train, [*NEW, '--dataset=odd'], 'data/odd/train.bin'),
+    (train, [*NEW, '--dataset=grown'], 'data/grown/train.bin'),
+    (train, [*NEW, '--dataset=strange'], 'data/strange'),
+    (train, [*NEW, '--dataset=shortval'], '33'),
+    (train, [*NEW, '--dataset=bare'], '--vocab_size='),
+    (train, [*NEW, '--dataset=wide', '--vocab_size=257'], '32-bit'),
+    (train, [*NEW, '--vocab_size=70000'], '70000'),
+    (train, [*LOADED, '--dataset=big', '--init_from=model'], '60000'),
+    (train, [*LOADED, '--dataset=chars', '--init_from=model'], '65'),
+    (train, [*LOADED, '--init_from=model', '--block_size=64'], '--block_size=32'),
+    (train, [*NEW, '--batch_tokens=500'], '--batch_tokens=384'),
+    (train, [*NEW, *REMOVE, '--max_iters=13'], 'max_iters=13'),
+    (train, [*LOADED, *REMOVE, '--init_from=free', '--max_iters=20'], 'lost already'),
+    (train, [*NEW, '--init_from=no/such'], 'no/such'),
+    (train, [*NEW, '--init_from=model/model.safetensors'], 'file'),
+    (train, [*NEW, '--init_from=empty'], 'config.json'),
+    (train, [*LOADED, '--init_from=damaged'], 'damaged'),
+    (train, [*LOADED, '--init_from=model', '--n_layer=7'], '7'),
+    (train, [*TINY, *REMOVE, '--out_dir=free', '--init_from=resume', '--start_lnf=14', '--max_iters=20'], 'ln_f'),
+    (train, [*TINY, *REMOVE, '--out_dir=free', '--init_from=resume', '--max_iters=14'], '--max_iters=16'),
+    (train, ['--out_dir=nolog', '--init_from=resume', *LOADED[:3], '--max_iters=2', '--warmup_iters=1'], 'nolog/log.jsonl'),
+    (train, [*TINY, '--out_dir=empty', '--init_from=resume'], 'empty/ckpt.pt'),
+    (train, [*TINY, '--out_dir=run'], '--init_from=resume'),
+    (train, [*TINY, '--out_dir=words.txt/x'], 'words.txt'),
+    (train, [*TINY, '--out_dir=busy'], 'busy'),
+    (train, [*NEW, '--control=empty'], 'empty/log.jsonl'),
+    (train, [*NEW, '--control=unlike'], 'val_sha256'),
+    (train, [*NEW, '--wandb_log=True'], 'WANDB_MODE=offline'),
+    (train, ['--eval_only=True', '--eval_iters=0', '--dataset=tiny', '--init_from=infinite'], 'infinite'),
+    (train, ['--eval_only=True', '--dataset=tiny', '--init_from=run', '--control=odd_vocab'], '300'),
+    (prepare, ['nothing.txt'], 'nothing.txt'),
+    (prepare, ['empty', '--tokenizer=bytes'], 'empty'),
+    (prepare, ['void.txt', '--tokenizer=bytes'], 'void.txt'),
+    (prepare, ['bad.jsonl', '--tokenizer=bytes'], 'row 2'),
+    (prepare, ['words.txt', '--tokenizer=bytes', '--max_tokens=100'], '100'),
+    (prepare, ['words.txt', '--tokenizer=words'], 'words'),
+    (prepare, ['words.txt', '--tokenizer=bytes', '--val_fraction=2'], '2'),
+    (prepare, ['words.txt', '--tokenizer=bytes', '--max_tokens=1e6'], '1e6'),
+    (prepare, ['words.txt', '--tokenizer=bytes', '--name=../words'], '../words'),
+    (prepare, ['words.txt', '--max_token=9'], '--max_token=9'),
+    (eval_hellaswag, ['run', '--data=nothing.jsonl'], 'nothing.jsonl'),
+    (eval_hellaswag, ['run', '--data=void.txt'], 'void.txt'),
+    *[(eval_hellaswag, ['run', f'--data={name}.jsonl'], 'line 2') for name in ('not_json', 'list', 'label', 'endings', 'field')],
+    (eval_hellaswag, ['infinite', '--data=good.jsonl'], 'question 1'),
+    (eval_hellaswag, ['odd_vocab', '--data=good.jsonl'], '300'),
+    (eval_hellaswag, ['run', '--data=good.jsonl', '--limit=0'], '--limit=0'),
+    (eval_hellaswag, ['run', '--data=good.jsonl', '--json=nowhere/x.json'], 'nowhere/x.json'),
+    (model, ['run', 'model'], 'model exists'),
+    (model, ['run', 'folded', '--folded'], "'real'"),
+]
+
+
+@pytest.mark.parametrize('script, args, said', CASES, ids=lambda v: v if isinstance(v, str) else '')
+def test_bad_input_is_told_in_one_line(script, args, said, broken, capsys):
+    look = lambda: {p: p.stat().st_mtime_ns for p in Path('.').rglob('*') if p.is_file() and p.parts[0] in ('run', 'free', 'data')}
+    kept = look()
+    assert said in refused(script, *args, capsys=capsys)
+    assert kept == look() and not any(map(os.path.exists, ('never', 'folded')))
+
+
+def test_paths_begin_at_home_and_the_file_system_may_have_no_locks(workspace, monkeypatch, capsys):
+    monkeypatch.setenv('HOME', os.path.abspath('home'))
+
+    def no_locks(*args):
+        raise OSError(38, 'Function not implemented')
+    monkeypatch.setattr(train.fcntl, 'flock', no_locks)
+    monkeypatch.setattr(os, 'fsync', no_locks)
+    train.main(TINY + ['--out_dir=~/run', '--max_iters=2'])
+    assert os.path.exists('home/run/ckpt.pt') and not os.path.exists('~') and 'cannot be locked' in capsys.readouterr().out
+    monkeypatch.setattr(train, 'fcntl', None)       # a system without them
+    train.main(['--dataset=tiny', '--batch_size=4', '--batch_tokens=512', '--warmup_iters=1', '--out_dir=~/other',
+                '--max_iters=2', '--init_from=~/run', '--device=cpu'])
+    assert GPT2.from_pretrained('~/other')
+
+
+@pytest.mark.parametrize('error, said', [
+    (MemoryError(), '--batch_size'), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), '--batch_size'),
+    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), '--gradient_checkpointing=True')])
+def test_trouble_of_the_machine_is_one_line(error, said, workspace, monkeypatch, capsys):
+    def fails(*args):
+        raise error
+    monkeypatch.setattr(train, 'step', fails)
+    assert said in refused(train, *TINY, f'--out_dir=oom{type(error).__name__}', '--max_iters=2', capsys=capsys)
+
+
+def test_a_missing_compiler_is_one_line(workspace):
+    env = {'CXX': '/nowhere/g++', 'TORCHINDUCTOR_CACHE_DIR': os.path.abspath('cache'), 'TORCHINDUCTOR_FX_GRAPH_CACHE': '0'}
+    args = [a for a in TINY if 'compile' not in a] + ['--out_dir=nocc', '--max_iters=2', '--compile=True', '--n_layer=1']
+    lines = [line for line in finished(run(*args, env=env), status=2).splitlines() if line.startswith('train.py: ')]
+    assert len(lines) == 1 and '--compile=False' in lines[0]
