@@ -12,4 +12,5 @@ learning_rate = 3e-3
 min_lr = 3e-4
 warmup_iters = 50
 eval_interval = 500
+eval_iters = 200
 log_interval = 25

@@ -12,7 +12,8 @@ max_iters = 400
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 20
-eval_interval = 100
+eval_interval = 200
+eval_iters = 200
 
 remove_ln = True
 start_ln2 = 20      # layers 0 to 3 at 20, 26, 32, 38

@@ -7,3 +7,4 @@ start_ln1v = 68
 gap_ln1v = 8
 start_lnf = 100
 min_lr = 5e-4
+lr_decay_iters = 0
