@@ -1250,7 +1250,7 @@ CASES = [
     (train, [*NEW, '--dataset=odd'], 'data/odd/train.bin'),
     (train, [*NEW, '--dataset=grown'], 'data/grown/train.bin'),
     (train, [*NEW, '--dataset=strange'], 'data/strange'),
-    (train, [*NEW, '--dataset=shortval'], '33'),
+    (train, [*NEW, '--dataset=shortval', '--vocab_size=257'], '33'),
     (train, [*NEW, '--dataset=bare'], '--vocab_size='),
     (train, [*NEW, '--dataset=wide', '--vocab_size=257'], '32-bit'),
     (train, [*NEW, '--vocab_size=70000'], '70000'),

@@ -326,6 +326,7 @@ class Data:
     def __init__(self, cfg, device):
         self.cfg, self.device, self.dir = cfg, device, os.path.join('data', cfg.dataset)
         path, theirs = (os.path.join(self.dir, name) for name in ('meta.json', 'meta.pkl'))
+        check(os.path.isdir(self.dir), f"no {self.dir}: type python prepare.py {cfg.dataset}")
         self.meta = {}          # bins of another program: their tokenizer is not known
         try:
             if os.path.exists(path):
@@ -337,9 +338,9 @@ class Data:
                 assert type(self.meta.get('window', 2)) is int and self.meta.get('window', 2) > 1
             elif os.path.exists(theirs):    # nanoGPT's, of a vocabulary of characters
                 with open(theirs, 'rb') as f:
-                    unpickler = pickle.Unpickler(f)
-                    unpickler.find_class = None     # runs no code: numbers and texts need none
-                    n = int(unpickler.load()['vocab_size'])
+                    # runs no code: numbers and texts need none
+                    plain = type('Plain', (pickle.Unpickler,), {'find_class': None})
+                    n = int(plain(f).load()['vocab_size'])
                 self.meta = {'vocab_size': n, 'eot': None, 'tokenizer': 'unknown'}
         except (AssertionError, ValueError, TypeError, KeyError, AttributeError, EOFError,
                 pickle.UnpicklingError) as e:
