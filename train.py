@@ -341,7 +341,7 @@ class Data:
                     # runs no code: numbers and texts need none
                     plain = type('Plain', (pickle.Unpickler,), {'find_class': None})
                     n = int(plain(f).load()['vocab_size'])
-                self.meta = {'vocab_size': n, 'eot': None, 'tokenizer': 'unknown'}
+                self.meta = {'vocab_size': n, 'eot': None, 'tokenizer': 'characters'}
         except (AssertionError, ValueError, TypeError, KeyError, AttributeError, EOFError,
                 pickle.UnpicklingError) as e:
             raise UserError(f"the meta file in {self.dir} does not name the tokenizer and the counts "
