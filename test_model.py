@@ -648,7 +648,7 @@ def standin(workspace):
     prepare.main(['stdlib', '--tokenizer=bytes'])
     sys.path.insert(0, str(REPO / 'experiments'))
     import standin
-    standin.SIZE = 180.0        # in so short a training it does not shrink
+    standin.SIZE = 250.0        # in so short a training it shrinks less
     standin.main(['standin', '--n_layer=3', '--n_embd=96', '--block_size=64'])
     common = ['--dataset=stdlib', '--batch_size=16', '--batch_tokens=1024', '--eval_interval=400', '--eval_iters=200',
               '--log_interval=5', '--device=cpu', '--compile=False', '--warmup_iters=10']
@@ -681,6 +681,7 @@ def test_the_flagship_survives_the_giant_vector_and_the_papers_text_does_not(sta
     idx = torch.randint(0, 257, (2, 64))
     assert handed_over.config.ln_mode == 'none' and difference(handed_over(idx)[0], checkpoint(idx)[0]) < 1e-3
     # special constants merged late, in one iteration each: warned of, stopped, and nothing handed over
+    print(ratios, worst, gap)
     error = refused(train, *standin, '--out_dir=text', '--taper_iters=0', '--start_eot=176', '--start_bos=193', capsys=capsys)
     assert 'diverged' in error and 'merge bos' in error and not os.path.exists('text/hf')
 

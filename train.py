@@ -1,16 +1,16 @@
 """
-One training script for everything: from scratch, a control that keeps LayerNorm, LayerNorm removal, evaluation.
+One training script for everything: from scratch, LayerNorm removal, its control, evaluation.
 
-    python train.py config/demo_remove_ln.py                        one process, CPU or GPU
-    python train.py config/remove_ln.py --batch_size=8 --out_dir=x  any key of Config can be overridden
-    torchrun --nproc_per_node=8 train.py config/remove_ln.py        the paper's run on 8 GPUs
-    python train.py config/remove_ln.py --init_from=resume          goes on from out_dir/ckpt.pt
-    python train.py config/remove_ln.py config/control.py           its control: config files stack
+    python train.py config/demo_remove_ln.py                    one process, CPU or GPU
+    python train.py config/remove_ln.py --batch_size=8          any key of Config can be overridden
+    python train.py config/remove_ln.py config/control.py       its control: config files stack
+    python train.py config/remove_ln.py --init_from=resume      goes on from out_dir/ckpt.pt
+    torchrun --nproc_per_node=8 train.py config/remove_ln.py    the paper's run on 8 GPUs
 
-A run is a pure function of its config: which site loses its LayerNorm when, the learning rate and the batch follow from
-the iteration number. So any number of processes sees the same global batch, and a resumed run continues as if never
-stopped. out_dir holds ckpt.pt, log.jsonl (one JSON object a line) and, after a removal, hf/: the LN-free model.
-The keys, with their defaults, are the fields of Config below.
+A run is a pure function of its config: which site loses its LayerNorm when, the learning rate and
+the batch follow from the iteration number. So any number of processes sees the same global batch,
+and a resumed run continues as if never stopped. out_dir holds ckpt.pt, log.jsonl (one JSON object
+a line) and, after a removal, hf/: the LN-free model. The keys are the fields of Config.
 """
 import ast
 import difflib
@@ -28,7 +28,7 @@ import time
 import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
-from datetime import date
+from datetime import date, timedelta
 from functools import partial
 from types import SimpleNamespace
 
@@ -42,51 +42,52 @@ try:
 except ImportError:         # Windows
     fcntl = None
 
-from model import (BOS, EOT, KINDS, TOKEN, GPT2, GPT2Config, UserError, check, command, companions, load_checkpoint,
-                   one_line, save_checkpoint, trouble, write)
+from model import (BOS, EOT, KINDS, TOKEN, GPT2, GPT2Config, UserError, check, command, companions,
+                   load_checkpoint, one_line, save_checkpoint, trouble, write)
 from prepare import fingerprint, get_tokenizer, tokenizer_files, vocabulary
 
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+RANK, LOCAL_RANK = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
+WORLD = int(os.environ.get('WORLD_SIZE', 1))
 
 
 @dataclass
 class Config:
     # in and out
     out_dir: str = 'out'
-    dataset: str = 'openwebtext'        # data/NAME/{train,val}.bin, which prepare.py writes
-    init_from: str = 'scratch'          # 'scratch', 'resume', a hub id ('gpt2'), a Hugging Face folder, an out_dir
-    control: str = ''                   # the out_dir of the run that kept LN; in an evaluation, any model
-    eval_interval: int = 100            # iterations; a checkpoint is written after each evaluation
-    eval_iters: int = 400               # windows of block_size tokens, evenly spaced over val.bin; 0: all of it
-    eval_only: bool = False             # evaluate init_from, write nothing
+    dataset: str = 'openwebtext'    # data/NAME/{train,val}.bin, which prepare.py writes
+    init_from: str = 'scratch'      # 'scratch', 'resume', a hub id, a Hugging Face folder, out_dir
+    control: str = ''               # out_dir of the run that kept LN; in an evaluation, any model
+    eval_interval: int = 100        # iterations; a checkpoint is written after each evaluation
+    eval_iters: int = 400           # windows of block_size tokens, spread over val.bin; 0: all
+    eval_only: bool = False         # evaluate init_from, write nothing
     log_interval: int = 10
     wandb_log: bool = False
     wandb_project: str = 'remove-ln'
-    wandb_run_name: str = ''            # '': out_dir
+    wandb_run_name: str = ''        # '': out_dir
     # model; from scratch only, but for dropout and a block_size that crops a loaded model's context
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     block_size: int = 1024
-    vocab_size: int = 0                 # 0: the data's
+    vocab_size: int = 0             # 0: the data's
     dropout: float = 0.0
-    ln_mode: str = 'real'               # 'real' or 'none'; remove_ln makes it 'fake'
+    ln_mode: str = 'real'           # 'real' or 'none'; remove_ln makes it 'fake'
     # batch
-    batch_size: int = 12                # sequences of a micro-step on one process: speed and memory, not the result
-    batch_tokens: int = 480 * 1024      # tokens of an iteration, over all processes and micro-steps
+    batch_size: int = 12            # sequences of a micro-step on one process; changes no loss
+    batch_tokens: int = 480 * 1024  # tokens of an iteration, over all processes and micro-steps
     seed: int = 1337
     # AdamW, warm-up, cosine
     max_iters: int = 600000
     learning_rate: float = 6e-4
     min_lr: float = 6e-5
     warmup_iters: int = 2000
-    lr_decay_iters: int = 0             # 0: max_iters
+    lr_decay_iters: int = 0         # 0: max_iters
     decay_lr: bool = True
     weight_decay: float = 1e-1
     beta1: float = 0.9
     beta2: float = 0.95
-    grad_clip: float = 1.0              # 0: off
-    # LayerNorm removal, in iterations: layer i loses ln_2 at start_ln2 + i * gap_ln2, and so on; a start of -1: never
+    grad_clip: float = 1.0          # 0: off
+    # removal, in iterations: layer i loses ln_2 at start_ln2 + i * gap_ln2, and so on; -1: never
     remove_ln: bool = False
     start_ln2: int = 200
     gap_ln2: int = 20
@@ -95,58 +96,60 @@ class Config:
     start_ln1v: int = 680
     gap_ln1v: int = 30
     start_lnf: int = 1040
-    start_eot: int = 0                  # when end-of-text's constants become the ordinary ones; 0: they always are
-    start_bos: int = 0                  # position 0's
-    taper_iters: int = 0                # how long a gate takes from 0 to 1, and a merge; 0: abrupt
-    aux_loss_weight: float = 0.0        # holds the std before ln_f near its mean; in a removal only
+    start_eot: int = 0              # when end-of-text takes the ordinary constants; 0: always
+    start_bos: int = 0              # position 0
+    taper_iters: int = 0            # how long a gate takes from 0 to 1, and a merge; 0: abrupt
+    aux_loss_weight: float = 0.0    # holds the std before ln_f near its mean; in a removal only
     # machine
-    device: str = 'auto'                # 'cuda' if there is one, else 'cpu'; 'mps'
-    dtype: str = 'auto'                 # of the forward pass: bfloat16 on CUDA where it is native, else float32
-    compile: bool | None = None         # None: on CUDA
-    gradient_checkpointing: bool = False    # keep a block's input, compute the rest again: less memory, a third slower
-    # a loss that stays guard_nats above its lowest level for guard_patience iterations, or is there at the end, has
-    # diverged: the run stops and the checkpoint of before is kept
-    guard_nats: float = 2.0             # 0: off
+    device: str = 'auto'            # 'cuda' if there is one, else 'cpu'; 'mps'
+    dtype: str = 'auto'             # of the forward pass: bfloat16 where CUDA has it, else float32
+    compile: bool | None = None     # None: on CUDA
+    gradient_checkpointing: bool = False    # less memory, a third slower
+    # a loss guard_nats above its lowest level, for guard_patience iterations or at the end, has
+    # diverged: the run stops and the last checkpoint is kept
+    guard_nats: float = 2.0         # 0: off
     guard_patience: int = 50
+
+    @property
+    def n_micro(self):
+        """Micro-batches of an iteration, over all ranks."""
+        return self.batch_tokens // (self.batch_size * self.block_size)
 
 
 def load_config(argv):
-    """Config files and --key=value, in order, the later one wins -> (Config, the keys that were given).
+    """Config files and --key=value, the later one wins -> (Config, the keys that were given).
 
-    A config file is Python that assigns keys; it knows the defaults and what files before it assigned.
-    Modules, functions and names with an underscore in front are its own. Raises UserError.
+    A config file is Python that assigns keys; it knows the defaults and what files before it
+    assigned. Modules, functions and names with an underscore in front are its own.
     """
     keys, given = {f.name: f for f in fields(Config)}, {}
 
     def put(where, name, value):
-        if name not in keys:
-            near = difflib.get_close_matches(name, keys, 1, 0)[0]
-            raise UserError(f"{where}: unknown key {name!r}; the nearest known one is {near!r}")
+        near = difflib.get_close_matches(name, keys, 1, 0)[0]
+        check(name in keys, f"{where}: unknown key {name!r}; did you mean {near!r}?")
         want, example = keys[name].type, keys[name].default
-        value = float(value) if want is float and type(value) is int else value
-        if not isinstance(value, want) or want is int and isinstance(value, bool):
-            raise UserError(f"{where}: {name} is {value!r}; expected "
-                            f"{getattr(want, '__name__', want)}, like {name}={example!r}")
-        given[name] = os.path.expanduser(value) if isinstance(value, str) else value
+        if want is float and type(value) is int:
+            value = float(value)
+        right = isinstance(value, want) and not (want is int and type(value) is bool)
+        check(right, f"{where}: {name} is {value!r}; expected {getattr(want, '__name__', want)}, "
+                     f"like {name}={example!r}")
+        given[name] = os.path.expanduser(value) if want is str else value
 
     for arg in argv:
         if arg.startswith('--'):
-            name, eq, text = arg[2:].partition('=')
+            name, eq, value = arg[2:].partition('=')
             check(eq, f"{arg}: expected --key=value")
-            value = text
             if name in keys and keys[name].type is not str:
-                with suppress(ValueError, SyntaxError):     # what is no literal is a text
-                    value = ast.literal_eval(text)
+                with suppress(ValueError, SyntaxError):     # what is no literal stays a text
+                    value = ast.literal_eval(value)
             put(arg, name, value)
             continue
-        known = {f.name: f.default for f in fields(Config)} | given
+        check(os.path.exists(arg), f"no config file {arg}; there are: {glob.glob('config/*.py')}")
+        known = {name: f.default for name, f in keys.items()} | given
         found = {'__file__': os.path.abspath(arg), **known}
         try:
             with open(arg, encoding='utf-8') as f:
                 exec(compile(f.read(), arg, 'exec'), found)
-        except FileNotFoundError:
-            there = ', '.join(sorted(glob.glob('config/*.py')))
-            raise UserError(f"no config file {arg}; there are: {there}")
         except Exception as e:      # it is a program, and may fail in any way
             raise UserError(f"{arg}: {type(e).__name__}: {one_line(e)}")
         for name, value in found.items():
@@ -170,31 +173,28 @@ def check_config(cfg):
     for low, high, names in LIMITS:
         for name in names.split():
             value = getattr(cfg, name)
-            check(low <= value < high, f"{name} is {value}; expected at least {low}"
-                                       + f" and below {high}" * (high < math.inf))
-    for name, good in (('dtype', ('auto', 'float32', 'bfloat16')), ('ln_mode', ('real', 'none'))):
-        check(getattr(cfg, name) in good, f"{name} is {getattr(cfg, name)!r}; expected one of {good}"
-                                          f"{' (remove_ln makes it fake)' * (name == 'ln_mode')}")
-    device = cfg.device.split(':')[0]
-    usable = {'auto': True, 'cpu': True, 'cuda': torch.cuda.is_available(),
-              'mps': torch.backends.mps.is_available()}.get(device)
-    check(usable, f"device is {cfg.device!r}, which cannot be used here: type --device=cpu")
+            check(low <= value < high, f"{name} is {value}; expected at least {low}, below {high}")
+    devices = {'cpu': True, 'auto': True, 'cuda': torch.cuda.is_available(),
+               'mps': torch.backends.mps.is_available()}
+    for name, good in (('dtype', ['auto', 'float32', 'bfloat16']), ('ln_mode', ['real', 'none']),
+                       ('device', [kind for kind, there in devices.items() if there])):
+        value = getattr(cfg, name)
+        check(value.split(':')[0] in good, f"{name} is {value!r}; expected one of {good}, like "
+                                           f"--{name}={good[0]}")
     if cfg.decay_lr and not cfg.eval_only:
-        lr, low, warmup, end = cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, cfg.lr_decay_iters
-        check(low <= lr, f"min_lr={low:g} is above learning_rate={lr:g}, so the rate would climb: "
-                         f"give both, or --decay_lr=False")
-        check(warmup <= cfg.max_iters, f"warmup_iters={warmup} is beyond the run of max_iters="
-                                       f"{cfg.max_iters}: give both")
-        check(not end or warmup < end, f"lr_decay_iters={end} is before the end of the warm-up, "
-                                       f"warmup_iters={warmup}: give both")
+        warmup, end = cfg.warmup_iters, cfg.lr_decay_iters
+        check(cfg.min_lr <= cfg.learning_rate, f"min_lr={cfg.min_lr:g} is above learning_rate="
+              f"{cfg.learning_rate:g}, so the rate would climb: give both, or --decay_lr=False")
+        check(warmup <= cfg.max_iters, f"warmup_iters={warmup} is beyond max_iters={cfg.max_iters}")
+        check(end == 0 or warmup < end, f"lr_decay_iters={end} is within warmup_iters={warmup}")
 
 # -----------------------------------------------------------------------------
 # The removal: what happens when, and what happens then.
 
 def schedule(cfg, n_layer):
-    """Every event of a removal, in order: [(iteration, 'remove', site) or (iteration, 'merge', kind)].
+    """Every event in order: [(iteration, 'remove', site) or (iteration, 'merge', kind)].
 
-    The order of removal is this function: edit it for what the start_ and gap_ keys cannot express.
+    The order of removal is this function: edit it for what the keys cannot express.
     """
     groups = [(cfg.start_ln2, cfg.gap_ln2, 'ln_2'), (cfg.start_ln1qk, cfg.gap_ln1qk, 'ln_1.qk'),
               (cfg.start_ln1v, cfg.gap_ln1v, 'ln_1.v')]
@@ -214,31 +214,28 @@ def check_schedule(events, cfg, gates):
     """Raises UserError for a schedule that cannot run, or not on a model with these gates."""
     last = max(cfg.taper_iters - 1, 0)      # what begins at iteration i is complete at i + last
     for it, event, name in events:
-        check(0 <= it and it + last < cfg.max_iters, f"the schedule has {event} {name} at iterations "
-              f"{it} to {it + last}, outside the run of max_iters={cfg.max_iters}: change max_iters, "
-              f"taper_iters or the start_ and gap_ keys")
+        check(0 <= it and it + last < cfg.max_iters, f"{event} {name} would take iterations {it} "
+              f"to {it + last} of max_iters={cfg.max_iters}: change that, taper_iters or start_")
     removed = [name for _, event, name in events if event == 'remove']
     check(removed, "remove_ln=True, but every start_ key is -1: nothing would be removed")
-    twice = [name for name in removed if removed.count(name) > 1]       # schedule() invites editing
-    check(not twice, f"the schedule removes {' '.join(twice[:1])} twice")
+    for site in removed:    # twice, because schedule() invites editing
+        check(removed.count(site) == 1, f"the schedule removes {site} twice")
+        check(gates.get(site) != 1, f"{site} is lost already in init_from={cfg.init_from}")
     for site, gate in gates.items():
-        check(gate in (0, 1), f"the model of init_from={cfg.init_from} was left while {site} faded: "
-                              f"resume that run instead")
-        check(gate == 0 or site not in removed, f"the schedule removes {site}, which the model of "
-                                                f"init_from={cfg.init_from} has lost already")
+        check(gate in (0, 1), f"init_from={cfg.init_from} stopped while {site} faded: resume it")
 
 
 @torch.no_grad()
 def measure(evaluator, kinds, batches):
-    """The constants: for each LN and kind of token, the mean of sqrt(var + eps) -> (n_LN, 3) float64.
+    """The constants, the mean of sqrt(var + eps) over all ranks' tokens of a kind -> (n_LN, 3).
 
-    batches: (x, y) micro-batches of this rank, y -1 where a token does not count. The average is over
-    the tokens of all ranks. A kind that these tokens lack takes the ordinary constant.
+    batches: (x, y) of this rank, y -1 where a token does not count. A kind that these tokens lack
+    takes the ordinary constant.
     """
     sums = counts = 0
     for x, y in batches:
         stds = torch.stack(evaluator(x)[2]).cpu().double()                          # (n_LN, B, T)
-        onehot = F.one_hot(kinds(x).cpu(), len(KINDS)) * (y.cpu() != -1)[..., None].double()    # (B, T, 3)
+        onehot = F.one_hot(kinds(x).cpu(), len(KINDS)).double() * (y.cpu() != -1)[..., None]
         sums = sums + torch.einsum('lbt,btk->lk', stds, onehot)
         counts = counts + onehot.sum((0, 1))
     sums, counts = all_reduce(sums), all_reduce(counts)
@@ -247,17 +244,14 @@ def measure(evaluator, kinds, batches):
 
 
 def apply_schedule(events, cfg, it, model, measured):
-    """Brings the gates and constants to where they belong in iteration it; returns what to log.
-
-    measured: a function that gives the constants, called only in an iteration that needs them.
-    """
+    """Sets the gates and constants of iteration it -> what to log. Calls measured() if needed."""
     n = max(cfg.taper_iters, 1)
     due = [e for e in events if e[0] <= it <= e[0] + n]
     if not due:
         return []
     lns, sites, log = model.layernorms(), model.sites(), []
     going = {ln_of(name) for when, event, name in due if event == 'remove' and when == it}
-    # measured when the first side goes, and shared by both
+    # measured when the first side is removed, and shared by both
     going = [ln for ln in lns if ln in going and not lns[ln].gate.any()]
     stds = dict(zip(lns, measured())) if going else {}
     for ln in going:
@@ -271,15 +265,15 @@ def apply_schedule(events, cfg, it, model, measured):
             sites[name].fill_(1 - max(left - 1, 0) / n)
             if when == it:
                 std = dict(zip(KINDS, lns[ln_of(name)].std.tolist()))
-                log.append(dict(event='remove', iter=it, site=name, std=std))
-        elif left > 0:                  # an equal part of the way each time, the last one to the end
-            for ln in lns.values():
-                std, kind = ln.std, KINDS.index(name)
+                log.append(dict(event=event, iter=it, site=name, std=std))
+        elif left > 0:                  # an equal part of the way each time, the last to the end
+            for std in (ln.std for ln in lns.values()):
+                kind = KINDS.index(name)
                 std[kind] += (std[TOKEN] - std[kind]) / left
                 if left == 1:
                     std[kind] = std[TOKEN]
             if when == it:
-                log.append(dict(event='merge', iter=it, kind=name))
+                log.append(dict(event=event, iter=it, kind=name))
     return log
 
 
@@ -289,29 +283,29 @@ STEEP = 5       # how much what a token feeds may grow within one iteration, wit
 def warnings_of(events, cfg, ratios):
     """What the schedule will do to a giant vector, told before it happens: a list of lines.
 
-    Where the std of position 0 or end-of-text is r times the ordinary one, giving it the ordinary
-    constant multiplies what it feeds by r: at once, or by up to 1 + (r - 1) / n in an iteration of a
-    fade over n. ratios: {kind: {LN: r}}.
+    ratios: {kind: {LN: r}}. The ordinary constant multiplies what a token with r times its std
+    feeds by r: at once, or by up to 1 + (r - 1) / n in one iteration of a fade over n.
     """
     told, n = [], max(cfg.taper_iters, 1)
     for kind, start in (('bos', cfg.start_bos), ('eot', cfg.start_eot)):
-        # a site that goes after the merge takes the ordinary constant as it goes, the others in the merge
-        steps = [(max(when, start), ratios[kind][ln_of(name)], ln_of(name)) for when, event, name in events
-                 if event == 'remove' and start >= 0 and 1 + (ratios[kind][ln_of(name)] - 1) / n > STEEP]
+        # a site removed after the merge meets the ordinary constant then, the others in the merge
+        steps = [(max(when, start), ratios[kind][ln_of(name)], ln_of(name))
+                 for when, event, name in events if event == 'remove' and start >= 0]
+        steps = [s for s in steps if 1 + (s[1] - 1) / n > STEEP]
         if steps:
-            it, r, ln = max(steps, key=lambda s: s[1])
-            told.append(f"warning: at iteration {min(steps)[0]} the schedule multiplies what "
-                        f"{'position 0' if kind == 'bos' else 'end-of-text'} feeds by up to "
-                        f"{1 + (r - 1) / n:.0f} within one iteration (its std is {r:.0f} times the "
-                        f"ordinary one before {ln}): type --taper_iters={math.ceil((r - 1) / 2)} "
-                        f"to fade it, or move start_{kind}")
+            _, r, ln = max(steps, key=lambda s: s[1])
+            what = 'position 0' if kind == 'bos' else 'end-of-text'
+            told.append(
+                f"warning: at iteration {min(steps)[0]} the schedule multiplies what {what} feeds "
+                f"by up to {1 + (r - 1) / n:.0f} (its std is {r:.0f} times the ordinary one before "
+                f"{ln}): type --taper_iters={math.ceil((r - 1) / 2)}, or move start_{kind}")
     return told
 
 
 def spread(std, mask):
     """The auxiliary loss: how far std (B, T) is from its mean over the masked tokens, squared.
 
-    Mean and average are taken in each sequence, so that batch_size and ranks do not change them.
+    Both means are taken in each sequence, so that batch_size and ranks do not change them.
     """
     n = mask.sum(1).clamp(min=1)
     mean = (std.detach() * mask).sum(1) / n
@@ -320,94 +314,94 @@ def spread(std, mask):
 # -----------------------------------------------------------------------------
 # Data.
 
+def read_meta(folder):
+    """What prepare.py tells of the bins in a folder; {} if another program wrote them."""
+    ours, theirs = os.path.join(folder, 'meta.json'), os.path.join(folder, 'meta.pkl')
+    try:
+        if os.path.exists(ours):
+            with open(ours, encoding='utf-8-sig') as f:
+                meta = json.load(f)
+            n, eot, window = meta['vocab_size'], meta['eot'], meta.get('window', 2)
+            assert 0 < n <= 65536 and (eot is None or 0 <= eot < n) and meta['tokenizer'] + ''
+            assert all(meta[split]['tokens'] >= 0 for split in ('train', 'val'))
+            assert type(window) is int and window > 1
+            return meta
+        if os.path.exists(theirs):      # nanoGPT's, of a vocabulary of characters
+            with open(theirs, 'rb') as f:
+                # runs no code: numbers and texts need none
+                plain = type('Plain', (pickle.Unpickler,), {'find_class': None})
+                n = int(plain(f).load()['vocab_size'])
+            return {'vocab_size': n, 'eot': None, 'tokenizer': 'characters'}
+        return {}
+    except Exception as e:      # a damaged file fails in many ways
+        raise UserError(f"the meta file in {folder} is not prepare.py's: {one_line(e)}")
+
+
 class Data:
-    """data/NAME/{train,val}.bin, mapped, not read. Batches are a pure function of (seed, iteration)."""
+    """data/NAME/{train,val}.bin, mapped, not read."""
 
     def __init__(self, cfg, device):
         self.cfg, self.device, self.dir = cfg, device, os.path.join('data', cfg.dataset)
-        path, theirs = (os.path.join(self.dir, name) for name in ('meta.json', 'meta.pkl'))
         check(os.path.isdir(self.dir), f"no {self.dir}: type python prepare.py {cfg.dataset}")
-        self.meta = {}          # bins of another program: their tokenizer is not known
-        try:
-            if os.path.exists(path):
-                with open(path, encoding='utf-8-sig') as f:
-                    self.meta = json.load(f)
-                n, eot = self.meta['vocab_size'], self.meta['eot']
-                assert 0 < n <= 65536 and (eot is None or 0 <= eot < n) and self.meta['tokenizer'] + ''
-                assert all(self.meta[split]['tokens'] >= 0 for split in ('train', 'val'))
-                assert type(self.meta.get('window', 2)) is int and self.meta.get('window', 2) > 1
-            elif os.path.exists(theirs):    # nanoGPT's, of a vocabulary of characters
-                with open(theirs, 'rb') as f:
-                    # runs no code: numbers and texts need none
-                    plain = type('Plain', (pickle.Unpickler,), {'find_class': None})
-                    n = int(plain(f).load()['vocab_size'])
-                self.meta = {'vocab_size': n, 'eot': None, 'tokenizer': 'characters'}
-        except (AssertionError, ValueError, TypeError, KeyError, AttributeError, EOFError,
-                pickle.UnpicklingError) as e:
-            raise UserError(f"the meta file in {self.dir} does not name the tokenizer and the counts "
-                            f"as prepare.py does ({type(e).__name__}): run it again")
-
-    @property
-    def noun(self):
-        return 'byte' if self.meta.get('tokenizer') == 'bytes' else 'token'
+        self.meta = read_meta(self.dir)
+        self.tokenizer = self.meta.get('tokenizer')
+        self.noun = 'byte' if self.tokenizer == 'bytes' else 'token'
 
     def open(self, vocab_size, splits):
-        """Maps the splits, for a model with vocab_size tokens. Raises UserError if they do not fit."""
-        T, name = self.cfg.block_size, self.meta.get('tokenizer')
-        n = self.meta.get('vocab_size', vocab_size)
-        # some pad the vocabulary to a multiple of 64 or 128, or add tokens of their own
-        check(n <= vocab_size < n + 128 or n <= vocab_size and name == 'unknown',
-              f"{self.dir} was written with {n} tokens (tokenizer {name}), but the model has "
-              f"{vocab_size}: prepare it with the model's own, prepare.py ... --tokenizer=MODEL")
+        """Maps the splits, for a model with vocab_size tokens. UserError if they do not fit."""
+        n, T = self.meta.get('vocab_size', vocab_size), self.cfg.block_size
         self.vocab_size = vocab_size
+        # some pad the vocabulary to a multiple of 64 or 128, or add tokens of their own
+        check(n <= vocab_size and (vocab_size < n + 128 or self.tokenizer == 'unknown'),
+              f"{self.dir} has {n} tokens (tokenizer {self.tokenizer}), the model {vocab_size}: "
+              f"prepare it with the model's own, prepare.py ... --tokenizer=MODEL")
         for split in splits:
             path = os.path.join(self.dir, f'{split}.bin')
             check(os.path.exists(path), f"no {path}: type python prepare.py {self.cfg.dataset}")
-            n, odd = divmod(os.path.getsize(path), 2)
-            want = self.meta.get(split, {}).get('tokens', n)
-            check(not odd and n == want, f"{path} has {n + odd / 2:g} tokens, expected {want}: it is "
-                                         f"damaged or not uint16, run prepare.py again")
-            check(n > T, f"{path} has {n} tokens, less than one window of block_size + 1 = {T + 1}: "
-                         f"prepare more text, with a larger --val_fraction if it is val.bin")
+            n = os.path.getsize(path) / 2
+            want = self.meta.get(split, {}).get('tokens', n // 1)
+            check(n == want, f"{path} has {n:.1f} tokens, not {want:.0f}: damaged or not uint16")
+            check(n > T, f"{path} has {n:.0f} tokens, less than block_size + 1 = {T + 1}: prepare "
+                         f"more text, with a larger --val_fraction if it is val.bin")
             ids = np.memmap(path, dtype=np.uint16, mode='r')
             self._check(ids[:1 << 20])      # a look at the beginning; every batch is checked too
-            check(self.meta or ids[1:1 << 16:2].any(), f"{path} seems to hold 32-bit numbers, for every "
-                                                       f"other uint16 is 0: run prepare.py")
+            check(self.meta or ids[1:1 << 16:2].any(), f"{path} seems to hold 32-bit numbers, for "
+                                                       f"every other uint16 is 0: run prepare.py")
             setattr(self, split, ids)
 
     def _check(self, ids):
-        if ids.max() >= self.vocab_size:
-            raise UserError(f"{self.dir} holds token id {ids.max()}, but the model's vocabulary ends at "
-                            f"{self.vocab_size - 1}: prepare it with the model's own tokenizer")
+        top = ids.max()
+        check(top < self.vocab_size, f"{self.dir} holds token id {top}, but the model has "
+              f"{self.vocab_size} tokens: prepare it with the model's own tokenizer")
 
     def _to_device(self, rows):
+        """(B, T + 1) uint16 -> the tokens x and those that follow them y, (B, T) int64."""
         self._check(rows)
         rows = rows.astype(np.int64)
         # contiguous, because a graph is compiled for its inputs' strides too
-        x, y = (torch.from_numpy(np.ascontiguousarray(r)) for r in (rows[:, :-1], rows[:, 1:]))
+        xy = [torch.from_numpy(np.ascontiguousarray(r)) for r in (rows[:, :-1], rows[:, 1:])]
         if self.device.startswith('cuda'):
-            x, y = x.pin_memory(), y.pin_memory()
-        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            xy = [z.pin_memory() for z in xy]
+        return [z.to(self.device, non_blocking=True) for z in xy]
 
     def batch(self, it, micro):
-        """Micro-batch `micro` of iteration it, counted over all ranks: x, y (batch_size, block_size)."""
+        """Micro-batch `micro` of iteration it, counted over all ranks -> x, y."""
         B, T = self.cfg.batch_size, self.cfg.block_size
         rng = np.random.default_rng([self.cfg.seed, it])
         starts = rng.integers(len(self.train) - T, size=self.cfg.batch_tokens // T)
         return self._to_device(np.stack([self.train[s:s + T + 1] for s in starts[micro * B:][:B]]))
 
     def starts(self):
-        """The first token of each validation window."""
+        """The first token of each validation window; together they predict each token once."""
         n = math.ceil((len(self.val) - 1) / self.cfg.block_size)
         k = min(self.cfg.eval_iters or n, n)
         return np.arange(k) * n // k * self.cfg.block_size
 
     def windows(self):
-        """This rank's share of the validation windows: (number of the first, x, y), y -1 past the end.
+        """This rank's share of the validation windows: (number of the first, x, y).
 
-        Windows start at multiples of block_size, so that each token is predicted once; the last may
-        be partial. Where the bin is made of windows that were cut elsewhere, the first token of each
-        is not predicted: what stands before it is another text.
+        y is -1 past the end, and at the first token of a window that prepare.py cut (meta's
+        `window`): what stands before it is another text.
         """
         B, T, starts = self.cfg.batch_size, self.cfg.block_size, self.starts()
         for i in range(RANK * B, len(starts), WORLD * B):
@@ -428,10 +422,10 @@ class Data:
                 'windows': len(self.starts()), 'block_size': self.cfg.block_size}
 
 
-def all_reduce(x, op=dist.ReduceOp.SUM):
-    """The sum (or other op) over ranks of a CPU tensor."""
+def all_reduce(x):
+    """The sum over ranks of a CPU tensor."""
     if WORLD > 1:
-        dist.all_reduce(x, op)
+        dist.all_reduce(x)
     return x
 
 # -----------------------------------------------------------------------------
@@ -439,11 +433,11 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
 
 def learning_rate(cfg, it):
     """Linear warm-up, then cosine down to min_lr."""
-    end = cfg.lr_decay_iters or cfg.max_iters
     if not cfg.decay_lr:
         return cfg.learning_rate
     if it < cfg.warmup_iters:
         return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
+    end = cfg.lr_decay_iters or cfg.max_iters
     if it >= end:
         return cfg.min_lr
     progress = (it - cfg.warmup_iters) / (end - cfg.warmup_iters)
@@ -460,23 +454,22 @@ def make_optimizer(cfg, model):
 
 
 def step(cfg, it, model, raw, optimizer, batch, autocast):
-    """One iteration -> (this rank's part of the mean loss, the gradient's norm, stds), on the device.
+    """One iteration -> (this rank's part of the mean loss, the gradient's norm, stds).
 
-    model: raw, compiled or wrapped. batch(it, micro) gives x, y. stds: those of the last micro-batch,
-    (B, T) for each LN. Micro-batches are dealt to the ranks in turn; where they do not come out even,
-    some ranks compute one that does not count, rather than wait.
+    model: raw, compiled or wrapped. stds: the last micro-batch's, (B, T) for each LN. Micro-batches
+    are dealt to the ranks in turn; a rank that has none left computes one that does not count.
     """
-    n_micro, total = cfg.batch_tokens // (cfg.batch_size * cfg.block_size), 0.0
+    n, total = cfg.n_micro, 0.0
     for group in optimizer.param_groups:
         group['lr'] = learning_rate(cfg, it)
-    for first in range(0, n_micro, WORLD):
+    for first in range(0, n, WORLD):
         micro = first + RANK
-        counts = 1 / n_micro if micro < n_micro else 0.0
-        x, y = batch(it, micro % n_micro)
+        counts = 1 / n if micro < n else 0.0
+        x, y = batch(it, micro % n)
         if cfg.dropout:     # a stream for each micro-batch: resuming needs no generator's state
             torch.manual_seed(((cfg.seed * 1_000_003 + it) * 1_000_003 + micro) % 2 ** 63)
         if WORLD > 1:       # reduce the gradients once an iteration, in the last micro-step
-            model.require_backward_grad_sync = first + WORLD >= n_micro
+            model.require_backward_grad_sync = first + WORLD >= n
         with autocast:
             _, loss, stds = model(x, y, return_stds=True)
             total = total + loss.detach() * counts
@@ -492,16 +485,13 @@ def step(cfg, it, model, raw, optimizer, batch, autocast):
 # The run, as a page.
 
 def train(cfg, given):
-    """A run, from the checks of its input to what it hands over."""
     device, autocast, dtype, compiled = start_machine(cfg)
     r = on_all_ranks(prepare_run, cfg, given, device)
     on_all_ranks(claim_out_dir if RANK == 0 else id, r)
-    raw, data, events, losses = r.raw.to(device).train(), r.data, r.events, r.losses
-    raw.gradient_checkpointing, r.autocast = cfg.gradient_checkpointing, autocast
-    # two graphs for the whole run: one to train; one to evaluate, which also measures the constants
-    model, r.evaluator = raw, partial(raw, return_stds=True)
+    raw, data = r.raw.to(device).train(), r.data
+    model, r.evaluator = raw, make_evaluator(raw, autocast, compiled)
     if compiled:
-        model, r.evaluator = (torch.compile(m, fullgraph=True) for m in (model, r.evaluator))
+        model = torch.compile(raw, fullgraph=True)
     if WORLD > 1:       # gates and constants are set alike on all ranks: no buffers to broadcast
         warnings.filterwarnings('ignore', message='.*broadcast_buffers')    # torch 2.11's only name
         model = torch.nn.parallel.DistributedDataParallel(
@@ -517,10 +507,7 @@ def train(cfg, given):
     if r.start == 0:
         evaluate(r, 0)
         if cfg.remove_ln:       # a look at the giant vector, and at what the schedule will do to it
-            ratios = log_ratios(r, 0)
-            print0('\n'.join(warnings_of(events, cfg, ratios)))
-    n_micro = cfg.batch_tokens // (cfg.batch_size * cfg.block_size)
-    peak = peak_flops() if device.startswith('cuda') else None
+            print0('\n'.join(warnings_of(r.events, cfg, log_ratios(r, 0))))
     bad = torch.full((), -1, device=device)     # the iteration of the first gradient not finite
     t0 = then = time.time()
     logged = r.start
@@ -528,8 +515,9 @@ def train(cfg, given):
     for it in range(r.start, cfg.max_iters):
         # what the schedule has for this iteration
         if cfg.remove_ln:
-            batches = (data.batch(it, micro) for micro in range(RANK, n_micro, WORLD))
-            for event in apply_schedule(events, cfg, it, raw, lambda: measured(r, batches)):
+            batches = (data.batch(it, micro) for micro in range(RANK, cfg.n_micro, WORLD))
+            measured = partial(measure, r.evaluator, raw.kinds, batches)
+            for event in apply_schedule(r.events, cfg, it, raw, measured):
                 log(r, **event)
                 print0(f"iter {it:>6} | {event['event']} {event.get('site') or event['kind']:<12}"
                        + ''.join(f" {k} {std:.3f}" for k, std in event.get('std', {}).items()))
@@ -538,38 +526,30 @@ def train(cfg, given):
         loss, norm, stds = step(cfg, it, model, raw, optimizer, data.batch, autocast)
         bad = torch.where((bad < 0) & ~norm.isfinite(), it, bad)
         done = it + 1
-
         if it % cfg.log_interval == 0 or done == cfg.max_iters:
-            losses.append((it, all_reduce(loss.cpu().double()).item()))
-            guard(cfg, done, losses, bad.item(), events)
+            r.losses.append((it, all_reduce(loss.cpu().double()).item()))
+            guard(r, done, bad.item())
             now = time.time()
             speed = (done - logged) * cfg.batch_tokens / max(now - then, 1e-9)
-            left = int((now - t0) / (done - r.start) * (cfg.max_iters - done))
+            progress(r, it, speed, (now - t0) / (done - r.start) * (cfg.max_iters - done))
             then, logged = now, done
-            mfu = {'mfu': speed * raw.flops_per_token() / (peak * WORLD)} if peak else {}
-            lr = learning_rate(cfg, it)
-            log(r, event='train', iter=it, loss=losses[-1][1], lr=lr, tok_per_s=round(speed, 1), **mfu)
-            print0(f"iter {it:>6} | loss {losses[-1][1]:.4f} | lr {lr:.2e} | {speed:>11,.0f} tok/s"
-                   + (f" | mfu {mfu['mfu']:6.1%}" if peak else '')
-                   + (f" | LN sites left {len(raw.sites_left()):>3}" if cfg.remove_ln else '')
-                   + f" | {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
 
         # evaluate and save: the model as this iteration left it
         due = done % cfg.eval_interval == 0 or done == cfg.max_iters
         stop = len(ASKED) if WORLD == 1 else all_reduce(torch.tensor(len(ASKED))).item()
         if due:
             t = time.time()
-            guard(cfg, done, losses, bad.item(), events, evaluate(r, done))
+            guard(r, done, bad.item(), evaluate(r, done))
             then += time.time() - t
-        if due and not stop and high_since(losses, cfg)[0] is not None:
+        if due and not stop and high_since(r.losses, cfg)[0] is not None:
             print0("not saved: the loss is far above its level, and the last checkpoint is better")
         elif (due or stop) and RANK == 0:
-            save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), iter=done, base=r.base,
-                            config=asdict(cfg), log_bytes=os.path.getsize(r.log_path))
+            save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), iter=done,
+                            base=r.base, config=asdict(cfg), log_bytes=os.path.getsize(r.log_path))
         if stop and done < cfg.max_iters:
             if RANK == 0:
-                print(f"train.py: stopped and saved after iteration {it}; go on with the same command "
-                      f"and --init_from=resume", file=sys.stderr)
+                print(f"train.py: stopped and saved after iteration {it}; go on with the same "
+                      f"command and --init_from=resume", file=sys.stderr)
             sys.exit(128 + (ASKED[0][0] if ASKED else signal.SIGTERM))
 
     if cfg.remove_ln:
@@ -578,43 +558,196 @@ def train(cfg, given):
         hand_over(r)
 
 
+@command
+def main(argv):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    ASKED.clear()
+    gc.collect()        # a run that failed before in this process holds its lock until then
+    try:
+        cfg, given = load_config(argv)
+        check_config(cfg)
+        again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
+        if again and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
+            cfg.init_from = 'resume'        # torchrun started us anew, because a worker died
+        if cfg.eval_only:
+            return compare(cfg, given)
+        for number in handlers:
+            signal.signal(number, ask_to_stop)
+        train(cfg, given)
+    except UserError:
+        # what every rank finds, before the group is there, rank 0 tells
+        if RANK > 0 and not dist.is_initialized():
+            sys.exit(2)
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if WORLD > 1:   # a DDP that lives until the process ends makes torch 2.11 abort at times
+            gc.collect()
+
+# -----------------------------------------------------------------------------
+# Starting: the machine, the model, the place to write.
+
+def start_machine(cfg):
+    """Joins the process group -> (device, autocast's context, dtype by name, compile or not)."""
+    kind, _, number = cfg.device.partition(':')
+    if kind == 'auto':
+        kind = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if WORLD > 1:
+        # a worker that torchrun --max_restarts starts anew would find dead ones' addresses in the
+        # store (github.com/pytorch/pytorch/issues/135712): a prefix keeps the generations apart
+        store, rank, world = next(dist.rendezvous('env://'))
+        again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', rank=rank,
+                                store=dist.PrefixStore(again, store), world_size=world)
+    device, native, n = cfg.device if number else kind, False, torch.cuda.device_count()
+    if kind == 'cuda':
+        number = int(number or LOCAL_RANK)
+        check(number < n, f"process {LOCAL_RANK} has no GPU {number}: type --nproc_per_node={n}")
+        device, native = f'cuda:{number}', torch.cuda.get_device_capability(number)[0] >= 8
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')      # TF32 for what autocast leaves in float32
+    auto = 'bfloat16' if native else 'float32'
+    dtype = auto if cfg.dtype == 'auto' else cfg.dtype
+    autocast = torch.autocast(kind, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+    return device, autocast, dtype, kind == 'cuda' if cfg.compile is None else cfg.compile
+
+
+def on_all_ranks(fn, *args):
+    """fn(*args) on each rank. If one cannot, all exit with 2, and the first of them says why."""
+    result = error = None
+    try:
+        result = fn(*args)
+    except Exception as e:
+        error = trouble(e)
+        if error is None:
+            raise
+    errors = [error]
+    if WORLD > 1:
+        errors = [None] * WORLD
+        dist.all_gather_object(errors, error)
+    failed = [rank for rank, e in enumerate(errors) if e]
+    if failed and failed[0] != RANK:
+        sys.exit(2)
+    check(not failed, error)
+    return result
+
+
+def make_evaluator(raw, autocast, compiled):
+    """-> x to (logits, None, stds) without dropout: one graph, to evaluate and to measure."""
+    forward = partial(raw, return_stds=True)
+    if compiled:
+        forward = torch.compile(forward, fullgraph=True)
+
+    def evaluator(x):
+        raw.eval()
+        with autocast:
+            out = forward(x)
+        raw.train()
+        return out
+    return evaluator
+
+
 def prepare_run(cfg, given, device):
-    """Looks at all that can be wrong with the input, before anything is written -> the run's parts."""
+    """Checks all the input, before a file is written -> what the functions below call r."""
     data = Data(cfg, device)
     raw, ckpt, files = load_model(cfg, given, data)
+    raw.gradient_checkpointing = cfg.gradient_checkpointing
     data.open(raw.config.vocab_size, ['train', 'val'])
-    hf, log_path = (os.path.join(cfg.out_dir, n) for n in ('hf', 'log.jsonl'))
-    theirs = 'ckpt.pt' if os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')) else \
-        'hf' if cfg.remove_ln and os.path.exists(hf) else ''
-    check(ckpt or not theirs, f"{cfg.out_dir} holds the {theirs} of another run: resume that run with "
-                              f"--init_from=resume, or choose another --out_dir")
+    for name in ['ckpt.pt'] + ['hf'] * cfg.remove_ln:
+        path = os.path.join(cfg.out_dir, name)
+        check(ckpt or not os.path.exists(path), f"{path} is of another run: --init_from=resume "
+                                                f"goes on with it, or choose another --out_dir")
     n = cfg.batch_size * cfg.block_size
     check(cfg.batch_tokens % n == 0, f"batch_tokens is {cfg.batch_tokens}; expected a multiple of "
-          f"batch_size * block_size = {n}: type --batch_tokens={max(cfg.batch_tokens // n, 1) * n}")
-    identity = data.identity()
-    if cfg.control:
-        on = evaluations(cfg.control)[-1].get('on', {})
-        differ = [f"{k} {on.get(k)}, here {v}" for k, v in identity.items()
-                  if on.get(k) != v and k != 'dataset']
-        check(not differ, f"control={cfg.control} was evaluated on other data or windows "
-                          f"({'; '.join(differ)}): give both runs the same")
-    set_eot(raw, data)
+          f"batch_size * block_size: type --batch_tokens={max(cfg.batch_tokens // n, 1) * n}")
     events = schedule(cfg, raw.config.n_layer) if cfg.remove_ln else []
     if cfg.remove_ln:
-        check_schedule(events, cfg, {} if ckpt else {k: v.item() for k, v in raw.sites().items()})
-    losses = check_resume(cfg, ckpt, raw.config.n_layer, log_path) if ckpt else []
-    local = os.path.exists(cfg.init_from)       # a path is nobody's business
-    base = './' + os.path.basename(cfg.init_from.rstrip('/')) if local else cfg.init_from
-    return SimpleNamespace(
-        cfg=cfg, data=data, raw=raw, files=files, events=events, losses=losses, identity=identity,
-        log_path=log_path, log_bytes=ckpt['log_bytes'] if ckpt else 0, base=ckpt['base'] if ckpt else base,
-        start=ckpt['iter'] if ckpt else 0, resumed=ckpt['optimizer'] if ckpt else None)
+        check_schedule(events, cfg, {} if ckpt else {k: g.item() for k, g in raw.sites().items()})
+    r = SimpleNamespace(cfg=cfg, data=data, raw=raw, files=files, events=events, base=cfg.init_from,
+                        identity=data.identity(), log_path=os.path.join(cfg.out_dir, 'log.jsonl'),
+                        start=0, log_bytes=0, losses=[], resumed=None)
+    if cfg.control:
+        on = evaluations(cfg.control)[-1].get('on', {}) | {'dataset': cfg.dataset}
+        check(on == r.identity, f"control={cfg.control} was evaluated on {on}, not on "
+                                f"{r.identity}: give both runs the same data and windows")
+    if ckpt:
+        r.base, r.start, r.log_bytes = ckpt['base'], ckpt['iter'], ckpt['log_bytes']
+        r.losses, r.resumed = check_resume(r, ckpt), ckpt['optimizer']
+    elif os.path.exists(r.base):        # a path is nobody's business
+        r.base = './' + os.path.basename(r.base.rstrip('/'))
+    return r
+
+
+def load_model(cfg, given, data):
+    """-> (the model, the checkpoint to resume or None, tokenizer files). Sets cfg.block_size."""
+    ckpt, mode, source = None, 'fake' if cfg.remove_ln else None, cfg.init_from
+    if source == 'scratch':
+        vocab_size = cfg.vocab_size or data.meta.get('vocab_size', 0)
+        check(vocab_size, f"{data.dir} has no meta.json that tells its vocabulary: type "
+                          f"--vocab_size=50257 if these are GPT-2's tokens")
+        torch.manual_seed(cfg.seed)
+        model = GPT2(GPT2Config(cfg.block_size, vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
+                                cfg.dropout, mode or cfg.ln_mode))
+        fit_to_data(model, data, {}, source)
+        return model, None, {}
+    if source == 'resume':
+        source, ckpt = cfg.out_dir, load_checkpoint(cfg.out_dir)
+        check('optimizer' in ckpt, f"{source}/ckpt.pt is no run's: type --init_from={source}")
+        faked = ckpt['model_args']['ln_mode'] == 'fake'
+        check(faked == cfg.remove_ln, f"{source}/ckpt.pt is of a run with remove_ln={faked}")
+        model = GPT2.from_state(ckpt['model_args'], ckpt['model'], source, dropout=cfg.dropout)
+    else:
+        model = GPT2.from_pretrained(source, mode, cfg.dropout)
+    fixed = ['n_layer', 'n_head', 'n_embd', 'vocab_size', *['ln_mode'] * (not cfg.remove_ln),
+             *['block_size'] * bool(ckpt)]
+    for key in [key for key in fixed if key in given]:
+        want, has = getattr(cfg, key), getattr(model.config, key)
+        check(want in (has, 0), f"{key} is {want}, but {source} has {has}: leave {key} out")
+    if 'block_size' in given:
+        model.crop_block_size(cfg.block_size)
+    cfg.block_size, files = model.config.block_size, companions(source)
+    fit_to_data(model, data, files, source)
+    return model, ckpt, files
+
+
+def fit_to_data(model, data, files, source):
+    """Takes the data's end-of-text. Raises UserError if the data is of another tokenizer."""
+    vocab, theirs = vocabulary(files), data.meta.get('vocab_hash')
+    same = not vocab or not theirs or fingerprint(vocab, data.meta['vocab_size']) == theirs
+    check(same, f"{data.dir} was written with the tokenizer {data.tokenizer!r}, which is not "
+                f"that of {source}: prepare it with --tokenizer={source}")
+    if data.meta.get('eot') is not None:
+        model.config.eot_token_id = data.meta['eot']
+
+
+def check_resume(r, ckpt):
+    """The losses logged so far. Raises UserError if the run so far was not one of this config."""
+    cfg, it = r.cfg, ckpt['iter']
+    old = Config(**{k: v for k, v in ckpt['config'].items() if k in vars(cfg)})
+    if cfg.remove_ln:
+        past, now = [[(*e, c.taper_iters) for e in schedule(c, r.raw.config.n_layer) if e[0] < it]
+                     for c in (old, cfg)]
+        check(past == now, f"the schedule until iteration {it} was another, see "
+              f"{sorted({*past} ^ {*now})[:2]}: give the run's start_, gap_ and taper_ keys")
+    check(it <= cfg.max_iters, f"max_iters={cfg.max_iters} is over: type --max_iters={it} or more")
+    size = os.path.getsize(r.log_path) if os.path.exists(r.log_path) else 0
+    check(size >= r.log_bytes, f"{r.log_path} is shorter than when ckpt.pt was written: put it "
+                               f"back, or begin another run with --init_from={cfg.out_dir}")
+    for key, value in asdict(old).items():
+        if value != getattr(cfg, key) and key not in ('init_from', 'out_dir'):
+            print0(f"note: {key} was {value!r} in the checkpoint, now it is {getattr(cfg, key)!r}")
+    with open(r.log_path) as f:
+        entries = [json.loads(line) for line in f.read(r.log_bytes).splitlines()]
+    return [(e['iter'], e['loss']) for e in entries if e['event'] == 'train']
 
 
 def claim_out_dir(r):
-    """On rank 0: finds out, before the work, whether out_dir can be written, and begins to write there."""
-    out_dir, need = r.cfg.out_dir, 40 * r.raw.num_params()      # two checkpoints with moments, and hf/
-    r.wandb = start_wandb(r.cfg)
+    """On rank 0: makes sure, before the work, that out_dir can be written, and begins to write."""
+    out_dir, need = r.cfg.out_dir, 40 * r.raw.num_params()  # two checkpoints with moments, and hf/
+    r.wandb = start_wandb(r.cfg) if r.cfg.wandb_log else None
     os.makedirs(out_dir, exist_ok=True)
     r.lock = open(os.path.join(out_dir, '.lock'), 'w')
     try:
@@ -635,213 +768,66 @@ def claim_out_dir(r):
         write(os.path.join(out_dir, 'tokenizer', name), content)
 
 
-@command
-def main(argv):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    ASKED.clear()
-    try:
-        try:
-            cfg, given = load_config(argv)
-            check_config(cfg)
-        except UserError:
-            if LOCAL_RANK > 0:      # all ranks find the same; one tells
-                sys.exit(2)
-            raise
-        again = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
-        if again and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
-            cfg.init_from = 'resume'        # torchrun started us anew, because a worker died
-        if cfg.eval_only:
-            return compare(cfg, given)
-        for number in handlers:
-            signal.signal(number, ask_to_stop)
-        train(cfg, given)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if WORLD > 1:   # a DDP that lives until the process ends makes torch 2.11 abort now and then
-            gc.collect()
-
-# -----------------------------------------------------------------------------
-# Starting: the machine, the model, the place to write.
-
-def start_machine(cfg):
-    """Joins the process group -> (device, autocast's context, its dtype by name, whether to compile)."""
-    device = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    device = f'cuda:{LOCAL_RANK}' if device == 'cuda' else device
-    kind = device.split(':')[0]
-    if kind == 'cuda':
-        check(int(device[5:]) < torch.cuda.device_count(), f"process {LOCAL_RANK} has no {device}: there "
-              f"are {torch.cuda.device_count()} GPUs; type --nproc_per_node={torch.cuda.device_count()}")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')      # TF32 for what autocast leaves in float32
-    if WORLD > 1:
-        # workers that torchrun --max_restarts starts anew would find dead ones' addresses in the
-        # store (github.com/pytorch/pytorch/issues/135712): a prefix keeps the generations apart
-        store, rank, world = next(dist.rendezvous('env://'))
-        again = os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
-        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', rank=rank,
-                                store=dist.PrefixStore(f'restart {again}', store), world_size=world)
-    native = kind == 'cuda' and torch.cuda.get_device_capability()[0] >= 8
-    dtype = cfg.dtype if cfg.dtype != 'auto' else 'bfloat16' if native else 'float32'
-    autocast = torch.autocast(kind, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
-    return device, autocast, dtype, kind == 'cuda' if cfg.compile is None else cfg.compile
-
-
-def on_all_ranks(fn, *args):
-    """fn(*args) on each rank. If one cannot, all exit with status 2, and the first of them says why."""
-    result = error = None
-    try:
-        result = fn(*args)
-    except Exception as e:
-        error = trouble(e)
-        if error is None:
-            raise
-    errors = [error]
-    if WORLD > 1:
-        errors = [None] * WORLD
-        dist.all_gather_object(errors, error)
-    failed = [rank for rank, e in enumerate(errors) if e]
-    if failed and failed[0] != (RANK if WORLD > 1 else 0):
-        sys.exit(2)
-    check(not failed, error)
-    return result
-
-
-def load_model(cfg, given, data):
-    """-> (the model, the checkpoint to go on from or None, what companions gives). Sets block_size."""
-    ckpt, mode, source = None, 'fake' if cfg.remove_ln else None, cfg.init_from
-    if source == 'scratch':
-        vocab_size = cfg.vocab_size or data.meta.get('vocab_size', 0)
-        check(vocab_size, f"{data.dir} has no meta.json that tells its vocabulary: type "
-                          f"--vocab_size=50257 if these are GPT-2's tokens")
-        torch.manual_seed(cfg.seed)
-        shape = {k: getattr(cfg, k) for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'dropout')}
-        return GPT2(GPT2Config(**shape, vocab_size=vocab_size, ln_mode=mode or cfg.ln_mode)), None, {}
-    if source == 'resume':
-        source, ckpt = cfg.out_dir, load_checkpoint(cfg.out_dir)
-        lacking = {'iter', 'config', 'optimizer', 'log_bytes', 'base'} - ckpt.keys()
-        check(not lacking, f"{source}/ckpt.pt cannot be resumed: it lacks {' '.join(sorted(lacking))}")
-        check((ckpt['model_args']['ln_mode'] == 'fake') == cfg.remove_ln, f"{source}/ckpt.pt is of a "
-              f"run with remove_ln={not cfg.remove_ln}: resume it with the same config")
-        model = GPT2.from_state(ckpt['model_args'], ckpt['model'], source, dropout=cfg.dropout)
-    else:
-        model = GPT2.from_pretrained(source, mode, cfg.dropout)
-    for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size', *['ln_mode'] * (not cfg.remove_ln)):
-        want, has = getattr(cfg, key), getattr(model.config, key)
-        check(key not in given or want in (has, 0), f"{key} is {want}, but the model of {source} has "
-                                                    f"{has}: leave {key} out, or start from scratch")
-    if 'block_size' in given:
-        check(not ckpt or cfg.block_size == model.config.block_size, f"block_size is {cfg.block_size}, "
-              f"but {source}/ckpt.pt has {model.config.block_size}: leave it out")
-        model.crop_block_size(cfg.block_size)
-    cfg.block_size = model.config.block_size
-    files = companions(source)
-    check_tokenizer(data, files, source)
-    return model, ckpt, files
-
-
-def check_tokenizer(data, files, source):
-    """Raises UserError if the data was written with another tokenizer than the model brings."""
-    vocab, theirs = vocabulary(files), data.meta.get('vocab_hash')
-    if vocab and theirs and fingerprint(vocab, data.meta['vocab_size']) != theirs:
-        raise UserError(f"{data.dir} was written with the tokenizer {data.meta['tokenizer']!r}, which is "
-                        f"not that of {source}: prepare it with --tokenizer={source}")
-
-
-def set_eot(model, data):
-    """End-of-text is what ends a document in the data."""
-    eot = data.meta.get('eot')
-    model.config.eot_token_id = model.config.eot_token_id if eot is None else eot
-
-
-def check_resume(cfg, ckpt, n_layer, log_path):
-    """The losses logged so far. Raises UserError if the run so far was not one of this config."""
-    it, names = ckpt['iter'], {f.name for f in fields(Config)}
-    old = Config(**{k: v for k, v in ckpt['config'].items() if k in names})
-    past, now = ([e for e in schedule(c, n_layer) if e[0] < it] for c in (old, cfg))
-    differ = [e for e in past + now if e not in past or e not in now]
-    differ = differ or past * (old.taper_iters != cfg.taper_iters)
-    check(not (cfg.remove_ln and differ), f"the checkpoint of iteration {it} was written under another "
-          f"schedule or taper ({differ[:1]}): resume with the start_, gap_ and taper_ keys of the run")
-    check(it <= cfg.max_iters, f"max_iters is {cfg.max_iters}, but the checkpoint is of iteration {it}: "
-                               f"type --max_iters={it} or more")
-    size = os.path.getsize(log_path) if os.path.exists(log_path) else 0
-    check(size >= ckpt['log_bytes'], f"{log_path} is shorter than when ckpt.pt was written: put it "
-                                     f"back, or start another run with --init_from={cfg.out_dir}")
-    for key, value in ckpt['config'].items():
-        if value != getattr(cfg, key, value) and key not in ('init_from', 'out_dir'):
-            print0(f"note: {key} was {value!r} in the checkpoint, now it is {getattr(cfg, key)!r}")
-    with open(log_path) as f:
-        entries = [json.loads(line) for line in f.read(ckpt['log_bytes']).splitlines()]
-    return [(e['iter'], e['loss']) for e in entries if e['event'] == 'train']
-
-
 def start_wandb(cfg):
-    """Weights & Biases, if it was asked for. Raises UserError if it does not start."""
-    if not cfg.wandb_log:
-        return None
     try:
         import wandb
-        name = cfg.wandb_run_name or cfg.out_dir
-        wandb.init(project=cfg.wandb_project, name=name, config=asdict(cfg))
+        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir,
+                   config=asdict(cfg))
         return wandb
     except Exception as e:      # no package, no key, no network
         raise UserError(f"wandb does not start ({one_line(e)}): pip install wandb, set "
                         f"WANDB_MODE=offline, or leave out --wandb_log")
 
-
-def peak_flops():
-    """The GPU's dense bf16 peak in FLOPs a second, by its datasheet; None if it is not in this list."""
-    table = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'RTX 4090': 165e12}
-    return next((v for k, v in table.items() if k in torch.cuda.get_device_name()), None)
-
 # -----------------------------------------------------------------------------
 # On the way: what is printed and logged, and what goes wrong in a night.
 
-def print0(text=''):
+def print0(text):
     """Prints on rank 0. A terminal that was closed costs nothing."""
-    try:
+    with suppress(OSError):
         if RANK == 0 and text:
             print(text, flush=True)
-    except OSError:
-        pass
 
 
 def log(r, **entry):
     """Appends a JSON object to log.jsonl, on rank 0."""
-    if RANK == 0:
-        with open(r.log_path, 'a') as f:
-            f.write(json.dumps(entry) + '\n')
-    if RANK == 0 and r.wandb:
+    if RANK > 0:
+        return
+    with open(r.log_path, 'a') as f:
+        f.write(json.dumps(entry) + '\n')
+    if r.wandb:
         values = {f"{entry['event']}/{k}": v for k, v in entry.items() if type(v) in (int, float)}
         r.wandb.log(values, step=entry['iter'])
 
 
+# dense bf16 peaks in FLOPs a second, by the datasheets
+PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'RTX 4090': 165e12}
+
+
+def progress(r, it, speed, seconds):
+    """Logs and prints a step: its loss, `speed` in tokens a second, the seconds until the end."""
+    loss, lr = r.losses[-1][1], learning_rate(r.cfg, it)
+    gpu = torch.cuda.get_device_name() if r.data.device.startswith('cuda') else ''
+    peak = next((flops for name, flops in PEAK.items() if name in gpu), None)
+    mfu = {'mfu': speed * r.raw.flops_per_token() / (peak * WORLD)} if peak else {}
+    log(r, event='train', iter=it, loss=loss, lr=lr, tok_per_s=round(speed, 1), **mfu)
+    print0(f"iter {it:>6} | loss {loss:.4f} | lr {lr:.2e} | {speed:>11,.0f} tok/s"
+           + (f" | mfu {mfu['mfu']:6.1%}" if peak else '')
+           + (f" | LN sites left {len(r.raw.sites_left()):>3}" if r.cfg.remove_ln else '')
+           + f" | {timedelta(seconds=int(seconds))} left")
+
+
 def evaluate(r, it):
     """The validation loss after `it` iterations, logged."""
-    r.raw.eval()
-    with r.autocast:
-        loss = np.nanmean(token_losses(r.evaluator, r.data)[0], dtype=np.float64).item()
-    r.raw.train()
+    loss = np.nanmean(token_losses(r.evaluator, r.data)[0], dtype=np.float64).item()
     log(r, event='eval', iter=it, val_loss=loss, tokens=it * r.cfg.batch_tokens, on=r.identity)
     print0(f"iter {it:>6} | val loss {loss:.4f} nats per {r.data.noun}")
     return loss
 
 
-def measured(r, batches):
-    """The constants, measured on batches of (x, y)."""
-    r.raw.eval()
-    with r.autocast:
-        stds = measure(r.evaluator, r.raw.kinds, batches)
-    r.raw.train()
-    return stds
-
-
 def log_ratios(r, it):
-    """{kind: {LN: its std, times the ordinary one}}, measured on the validation windows, and logged."""
-    stds = measured(r, ((x, y) for _, x, y in r.data.windows()))
+    """{kind: {LN: its std, times the ordinary one}}, measured on the validation windows; logged."""
+    batches = ((x, y) for _, x, y in r.data.windows())
+    stds = measure(r.evaluator, r.raw.kinds, batches)
     times = (stds / stds[:, TOKEN:TOKEN + 1]).T.tolist()
     ratios = {KINDS[k]: dict(zip(r.raw.layernorms(), times[k])) for k in (BOS, EOT)}
     log(r, event='giant', iter=it, **ratios)
@@ -849,47 +835,41 @@ def log_ratios(r, it):
 
 
 def high_since(losses, cfg):
-    """losses [(iteration, loss)] -> (since when it is guard_nats above its level, or None; that level).
-
-    The level is the lowest mean of five consecutive logged losses.
-    """
+    """losses [(iteration, loss)] -> (since when guard_nats above its level, or None; the level)."""
     if not losses or not cfg.guard_nats:
         return None, None
-    values = np.array([loss for _, loss in losses])
-    k = min(5, len(values))
+    its, values = zip(*losses)
+    k = min(5, len(values))     # the level is the lowest mean of five consecutive losses
     level = np.convolve(values, np.ones(k) / k, 'valid').min()
-    since = None
-    for it, loss in reversed(losses):
-        if loss <= level + cfg.guard_nats:
-            break
-        since = it
-    return since, level
+    low = [i for i, loss in enumerate(values) if loss <= level + cfg.guard_nats]
+    high = its[low[-1] + 1:] if low else its
+    return high[0] if high else None, level
 
 
-def guard(cfg, done, losses, bad, events, val_loss=0.0):
-    """Stops a run that has diverged, with UserError: no number, or a loss too high for too long.
+def guard(r, done, bad, val_loss=0.0):
+    """Raises UserError if the run has diverged: no number, or a loss too high for too long.
 
-    bad: the iteration of the first gradient that was not finite, or -1. A spike may pass while there
-    is time to recover. At the end there is none: what is high then is neither saved nor handed over.
+    bad: the iteration of the first gradient that was not finite, or -1. A spike may pass while
+    there is time to recover; what is high at the end is neither saved nor handed over.
     """
-    last = done == cfg.max_iters
-    since, level = high_since(losses + [(done, val_loss)] * (last and val_loss > 0), cfg)
-    now, why = losses[-1][1], ''
+    cfg, now, last = r.cfg, r.losses[-1][1], done == r.cfg.max_iters
+    since, level = high_since(r.losses + [(done, val_loss)] * (last and val_loss > 0), cfg)
     if bad >= 0:
         why = f"the gradient of iteration {bad} is not finite"
     elif not math.isfinite(now + val_loss):
         why = f"after iteration {done - 1} the loss is {now}, the validation loss {val_loss}"
     elif since is not None and (last or done - since >= cfg.guard_patience):
-        why = f"since iteration {since} the loss, {val_loss or now:.4f} now, is more than guard_nats=" \
-              f"{cfg.guard_nats:g} above its lowest level, {level:.4f}"
-    if why and RANK > 0:
+        why = (f"since iteration {since} the loss, {val_loss or now:.4f} now, is more than "
+               f"guard_nats={cfg.guard_nats:g} above its lowest level, {level:.4f}")
+    else:
+        return
+    if RANK > 0:
         sys.exit(2)         # all ranks come here together; one tells
-    if why:
-        kept = os.path.join(cfg.out_dir, 'ckpt.pt')
-        before = [f"{event} {name} at iteration {it}" for it, event, name in events if it < done]
-        raise UserError(f"diverged: {why}; the last event of the removal was {(before or ['none'])[-1]}; "
-                        + (f"{kept} of before is kept" if os.path.exists(kept) else "nothing was saved")
-                        + ". Try a longer taper_iters, wider gaps, more iterations or a lower rate")
+    kept = os.path.join(cfg.out_dir, 'ckpt.pt')
+    events = [f"{event} {name} at iteration {it}" for it, event, name in r.events if it < done]
+    raise UserError(f"diverged: {why}; the last event was {(events or ['none'])[-1]}; "
+                    f"{kept} of before is {'kept' if os.path.exists(kept) else 'not there'}. Try a "
+                    f"longer taper_iters, wider gaps, more iterations or a lower rate")
 
 
 ASKED = []      # (signal, time) of what asked the run to stop
@@ -910,13 +890,12 @@ def token_losses(evaluator, data, full=False):
     """For each token of the validation windows -> (1 or 4, windows, T) float32, alike on all ranks.
 
     The cross-entropy in nats: NaN where nothing is predicted, infinite where a logit is not finite.
-    With `full` also the prediction's entropy in nats, its largest probability, and whether that
-    token was the right one (0 or 1).
+    With `full` also the entropy in nats, the largest probability, and whether that token was right.
     """
     table = torch.zeros(4 if full else 1, len(data.starts()), data.cfg.block_size)
     for first, x, y in data.windows():
         logits = evaluator(x)[0]
-        for i in range(min(len(x), table.shape[1] - first)):    # all logits in float32 are too large
+        for i in range(min(len(x), table.shape[1] - first)):    # all in float32 are too large
             z = logits[i].float()
             loss = F.cross_entropy(z, y[i], ignore_index=-1, reduction='none')
             values = [loss.masked_fill(~z.sum(-1).isfinite(), math.inf)]
@@ -940,7 +919,7 @@ def mean_and_error(losses):
 
 
 def calibration(table):
-    """token_losses(full=True) -> (expected calibration error, 15 bins, arXiv 1706.04599; entropy)."""
+    """token_losses(full=True) -> (expected calibration error of arXiv 1706.04599, entropy)."""
     there = ~np.isnan(table[0].ravel())
     _, entropy, confidence, right = table.reshape(4, -1)[:, there].astype(np.float64)
     bins = np.minimum((confidence * 15).astype(int), 14)
@@ -949,13 +928,13 @@ def calibration(table):
 
 
 def loss_table(named, noun):
-    """{model: losses (windows, T)}, one or two -> a table of each, and of the first minus the second.
+    """{model: losses (windows, T)}, one or two -> a table of each, and of first minus second.
 
-    The mean alone hides a model that explodes on rare inputs: LN-free GPT-2 XL has a mean of 130 and
-    a median of 1.09 on The Pile (arXiv 2507.02559).
+    The mean alone hides a model that explodes on rare inputs: LN-free GPT-2 XL has a mean of 130
+    and a median of 1.09 on The Pile (arXiv 2507.02559).
     """
-    lines = [f"{'nats per ' + noun:<30}{noun + 's':>12}" + ''.join(
-        f"{name:>12}" for name in ('mean', 'std. error', 'median', '99.9%', 'max'))]
+    head = ('mean', 'std. error', 'median', '99.9%', 'max')
+    lines = [f"{'nats per ' + noun:<30}" + ''.join(f"{name:>12}" for name in (noun + 's', *head))]
     if len(named) == 2:
         x, y = named.values()
         named = named | {'difference, token by token': x - y}
@@ -965,9 +944,9 @@ def loss_table(named, noun):
                             ('2nd to 64th', losses[:, 1:64]), ('from the 65th on', losses[:, 64:])):
             values = part[~np.isnan(part)]
             if values.size:
-                numbers = *mean_and_error(part), *np.quantile(values, (0.5, 0.999)), values.max()
-                lines.append(f"  {label:<28}{values.size:>12,}"
-                             + ''.join(f"{number:>12.4f}" for number in numbers))
+                row = *mean_and_error(part), *np.quantile(values, (0.5, 0.999)), values.max()
+                row = ''.join(f"{number:>12.4f}" for number in row)
+                lines.append(f"  {label:<28}{values.size:>12,}{row}")
     return '\n'.join(lines)
 
 
@@ -981,27 +960,22 @@ def compare(cfg, given):
     models, tables = {cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from: model}, {}
     if cfg.control:
         control = on_all_ranks(GPT2.from_pretrained, cfg.control)
-        sizes = control.config.vocab_size, model.config.vocab_size
-        check(sizes[0] == sizes[1], f"control={cfg.control} and init_from={cfg.init_from} have "
-                                    f"vocabularies of {sizes} tokens: expected one vocabulary")
-        check_tokenizer(data, companions(cfg.control), cfg.control)
+        sizes = [m.config.vocab_size for m in (model, control)]
+        check(sizes[0] == sizes[1], f"control={cfg.control} has another vocabulary: {sizes}")
+        fit_to_data(control, data, companions(cfg.control), cfg.control)
         control.crop_block_size(cfg.block_size)
         models[f'{cfg.control} (control)'] = control
     for name, model in models.items():
-        set_eot(model.eval().to(device), data)
-        evaluator = torch.compile(model, fullgraph=True) if compiled else model
-        with autocast:
-            tables[name] = token_losses(evaluator, data, full=True)
+        evaluator = make_evaluator(model.to(device), autocast, compiled)
+        tables[name] = token_losses(evaluator, data, full=True)
         model.cpu()
         bad = np.isinf(tables[name][0])
-        if bad.any():
-            raise UserError(f"{name} gives NaN or infinite logits for {bad.sum():,} {data.noun}s of "
-                            f"{data.dir}/val.bin, first in the window from {data.noun} "
-                            f"{data.starts()[bad.any(1).argmax()]:,} on: there is no mean to report")
+        check(not bad.any(), f"{name} gives NaN or infinite logits for {bad.sum():,} {data.noun}s, "
+              f"first in the window from {data.noun} {data.starts()[bad.any(1).argmax()]:,} on")
     losses = {name: table[0] for name, table in tables.items()}
     mean, error = mean_and_error(next(iter(losses.values())))
-    print0(f"val loss {mean:.4f} nats per {data.noun}, standard error {error:.4f}; {data.dir}/val.bin, "
-           f"{len(data.starts()):,} windows of {cfg.block_size}, {dtype}\n\n"
+    print0(f"val loss {mean:.4f} nats per {data.noun}, standard error {error:.4f}; "
+           f"{data.dir}/val.bin, {len(data.starts()):,} windows of {cfg.block_size}, {dtype}\n\n"
            f"{loss_table(losses, data.noun)}\n")
     for name, table in tables.items():
         ece, entropy = calibration(table)
@@ -1011,42 +985,47 @@ def compare(cfg, given):
 # Handing over. The model is written first: nothing that is printed or drawn later can cost it.
 
 def hand_over(r):
-    """The end of a run: writes hf/ if no LayerNorm is left; then the table, a sample, the picture."""
-    cfg, raw = r.cfg, r.raw.eval()
-    ckpt, hf, picture = (os.path.join(cfg.out_dir, n) for n in ('ckpt.pt', 'hf', 'loss.png'))
-    if not cfg.remove_ln:
+    """Writes hf/ if no LayerNorm is left; then the table, a sample, the picture."""
+    out_dir, control, folded = r.cfg.out_dir, r.cfg.control, None
+    ckpt, hf, picture = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'hf', 'loss.png'))
+    if not r.cfg.remove_ln:
         return print0(f"saved {ckpt}")
-    torch.set_float32_matmul_precision('highest')       # TF32 would drown what is looked for
+    torch.set_float32_matmul_precision('highest')       # TF32 would drown the difference
     try:
-        folded = raw.fold_ln()
+        folded = r.raw.eval().fold_ln()
     except UserError as e:
-        folded = print0(f"no LN-free model to hand over: {e}")
-    if folded:
-        x = next(r.data.windows())[1][:4]
-        with torch.no_grad():
-            logits = raw(x)[0]
-            diff, scale = (folded(x)[0] - logits).abs().max().item(), logits.abs().max().item()
-        # float32 rounding is far below, and a NaN is not below
-        check(diff <= 1e-3 * max(scale, 1), f"the folded model's logits differ by {diff:.2g} (largest "
-              f"{scale:.3g}): nothing is handed over; {ckpt} holds the model as it is")
-        files = r.files
-        if not vocabulary(files):       # the model brought no tokenizer: that of the data
-            name = r.data.meta.get('tokenizer')
-            made = attempt('tokenizer', lambda: tokenizer_files(get_tokenizer(name), cfg.block_size))
-            files = {k: text.encode() for k, text in (made or {}).items()} | files
-        card = attempt('model card', model_card, r, bool(vocabulary(files))) or ''
-        if os.path.exists(hf):          # resumed after its end: somebody may have edited what is there
-            aside = next(f'{hf}.{n}' for n in range(1, 10 ** 6) if not os.path.exists(f'{hf}.{n}'))
-            os.rename(hf, aside)
-            print0(f"note: {hf} was there already and is now {aside}")
-        raw.save_pretrained(hf, files | {'README.md': card.encode('utf-8', 'replace')})
+        print0(f"no LN-free model to hand over: {e}")
+    close = write_hf(r, folded, hf) if folded else ''
     print0('\n' + (attempt('table', result_table, r) or ''))
+    print0(close)
     if folded:
-        print0(f"folded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})")
         print0(attempt('sample', sample, r, folded))
-    attempt('picture', plot, picture, [cfg.out_dir, *[cfg.control] * bool(cfg.control)])
+    attempt('picture', plot, picture, [out_dir, control] if control else [out_dir])
     print0(f"the loss curves:     {picture}" if os.path.exists(picture) else '')
     print0(f"the LN-free model:   {hf}" if folded else f"the checkpoint:      {ckpt}")
+
+
+def write_hf(r, folded, hf):
+    """Writes hf/ -> a line on how far folded and unfolded logits differ. UserError if too far."""
+    x = next(r.data.windows())[1][:4]
+    with torch.no_grad():
+        logits = r.raw(x)[0]
+        diff, scale = ((folded(x)[0] - logits).abs().max().item(), logits.abs().max().item())
+    # float32 rounding is far below, and a NaN is not below
+    check(diff <= 1e-3 * max(scale, 1), f"nothing is handed over: the folded logits differ by "
+                                        f"{diff:.2g} (largest {scale:.3g}); ckpt.pt is as it was")
+    files, data = r.files, r.data
+    if not vocabulary(files):       # the model brought no tokenizer: that of the data
+        made = attempt('tokenizer', lambda: tokenizer_files(get_tokenizer(data.tokenizer),
+                                                            r.cfg.block_size)) or {}
+        files = {name: text.encode() for name, text in made.items()} | files
+    card = attempt('model card', model_card, r, bool(vocabulary(files))) or ''
+    if os.path.exists(hf):          # resumed after its end: somebody may have edited what is there
+        aside = next(f'{hf}.{n}' for n in range(1, 10 ** 6) if not os.path.exists(f'{hf}.{n}'))
+        os.rename(hf, aside)
+        print0(f"note: {hf} was there already and is now {aside}")
+    r.raw.save_pretrained(hf, files | {'README.md': card.encode('utf-8', 'replace')})
+    return f"folded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})"
 
 
 def attempt(what, fn, *args):
@@ -1058,15 +1037,12 @@ def attempt(what, fn, *args):
 
 
 def read_log(out_dir):
-    """A run's log.jsonl, as a list. Raises UserError if it is missing, damaged or has no evaluation."""
+    """A run's log.jsonl, as a list. Raises UserError if it is damaged or has no evaluation."""
     path = os.path.join(out_dir, 'log.jsonl')
-    try:
-        with open(path) as f:
-            entries = [json.loads(line) for line in f]
+    with suppress(OSError, ValueError, KeyError, TypeError), open(path) as f:
+        entries = [json.loads(line) for line in f]
         if any(e['event'] == 'eval' and isinstance(e['val_loss'], float) for e in entries):
             return entries
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     raise UserError(f"{path} is missing, damaged or has no evaluation: expected the log of a run")
 
 
@@ -1087,8 +1063,8 @@ def result_rows(r):
 
 
 def result_table(r):
-    rows, control, noun = result_rows(r), r.cfg.control, r.data.noun
-    lines = [f"{'':<28}{'val nats/' + noun:>16}{'gap to control':>16}{'LN sites left':>16}"]
+    rows, control = result_rows(r), r.cfg.control
+    lines = [f"{'':<28}{'val nats/' + r.data.noun:>16}{'gap to control':>16}{'LN sites left':>16}"]
     for name, loss, left in rows:
         gap = f"{loss - rows[1][1]:+.4f}" if control and name != 'pre-trained' else ''
         lines.append(f"{name:<28}{loss:>16.4f}{gap:>16}{left:>16}")
@@ -1104,50 +1080,43 @@ def result_table(r):
 
 
 def sample(r, model):
-    own = vocabulary(r.files)
-    tokenizer = get_tokenizer(r.cfg.out_dir if own else r.data.meta.get('tokenizer'))
+    tokenizer = get_tokenizer(r.cfg.out_dir if vocabulary(r.files) else r.data.tokenizer)
     torch.manual_seed(r.cfg.seed)
     start = torch.tensor([[model.config.eot_token_id]], device=model.wte.weight.device)
     ids = model.generate(start, 240, temperature=0.8, top_k=40)[0, 1:].tolist()
     text = tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
-    lines = ''.join(f'    {line}\n' for line in text.splitlines())
-    return f"\na sample from the LN-free model:\n{lines}"
+    return '\n    '.join(["\na sample from the LN-free model:", *text.splitlines()]) + '\n'
 
 
 def model_card(r, tokenizer):
     """README.md of the folder that is handed over: this run's facts."""
-    cfg, c, noun, on = r.cfg, r.raw.config, r.data.noun, r.identity
-    groups = {}
-    for it, event, name in r.events:
-        kind = name.split('.', 2)[-1] if event == 'remove' else f'constants of {name} merged'
-        groups.setdefault(kind, []).append(it)
-    times = '; '.join(f"{kind} at iteration {its[0]}" + f" to {its[-1]}" * (its[-1] != its[0])
-                      for kind, its in groups.items())
+    cfg, c, noun = r.cfg, r.raw.config, r.data.noun
     rows = '\n'.join(f"| {name} | {loss:.4f} |" for name, loss, _ in result_rows(r))
-    hub = r.base != 'scratch' and not r.base.startswith('./')
-    what = 'A model trained from scratch' if r.base == 'scratch' else r.base.removeprefix('./')
+    removal = ', '.join(f"{k} {v}" for k, v in vars(cfg).items()
+                        if k.startswith(('start_', 'gap_', 'taper_', 'aux_')))
+    on_hub = r.base != 'scratch' and not r.base.startswith('./')
     auto = "\ntokenizer = AutoTokenizer.from_pretrained(folder)" * tokenizer
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [gpt2, interpretability, layernorm-free]
-{f'base_model: {r.base}' if hub else '# base_model: not on the hub'}
+{f'base_model: {r.base}' if on_hub else '# base_model: not on the hub'}
 ---
 # A GPT-2 without LayerNorm
 
-{what} with every LayerNorm removed by fine-tuning: the division by the token's own
-standard deviation was replaced by a constant, one site after another
+Trained from {r.base.removeprefix('./')}, then freed of every LayerNorm by fine-tuning: the division
+by the token's own standard deviation was replaced by a constant, one site after another
 ([arXiv 2409.13710](https://arxiv.org/abs/2409.13710)). Only linear maps read the residual stream.
 
-| cross-entropy, nats per {noun}, validation split of {cfg.dataset}, {on['windows']:,} windows | |
+| {r.identity['windows']:,} windows of {cfg.dataset}'s val.bin | nats per {noun} |
 |---|---|
 {rows}
 
-* **Model:** {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}, {c.vocab_size} tokens
-* **Data:** {' '.join(r.data.meta.get('source', [cfg.dataset]))} (tokenizer {r.data.meta.get('tokenizer')})
+* **Model:** {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}
+* **Data:** {' '.join(r.data.meta.get('source', [cfg.dataset]))} (tokenizer {r.data.tokenizer})
 * **Training:** {cfg.max_iters:,} iterations of {cfg.batch_tokens:,} {noun}s, learning rate
   {cfg.learning_rate:g}, seed {cfg.seed}, {date.today()}
-* **Removal:** {times}; each over {max(cfg.taper_iters, 1)} iterations; auxiliary loss {cfg.aux_loss_weight:g}
+* **Removal, in iterations:** {removal}
 
 ```python
 from transformers import {'AutoTokenizer, ' * tokenizer}GPT2LMHeadModel
@@ -1155,38 +1124,36 @@ model = GPT2LMHeadModel.from_pretrained(folder)     # this folder, or its name o
 ```
 
 transformers has no switch for "no LayerNorm": the modules are still there, but with
-`layer_norm_epsilon` 1e12 each divides by 1e6, whatever the token, and its weight is scaled to match.
+`layer_norm_epsilon` 1e12 each divides by 1e6, whatever the token, and its weight makes up for it.
 Do not set another epsilon. **Use float32 or bfloat16**: weights of 1e6 do not fit float16. For
 float16 write a folded model with a smaller epsilon: `python model.py MODEL FOLDER --float16`.
 """
 
 
 def plot(path, runs):
-    """Draws training losses (thin, smoothed) and validation losses (dots), and the first run's events."""
+    """Draws training losses (thin, smoothed), validation losses (dots), the first run's events."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    colours = {'ln_2': 'orange', 'ln_1.qk': 'green', 'ln_1.v': 'red', 'ln_f': 'purple', 'merge': 'gray'}
     fig, ax = plt.subplots(figsize=(9, 5), layout='constrained')
-    values, marked = [], set()
+    values, events = [], {}
     for run in runs:
         entries = read_log(run)
-        train, val = ([(e['iter'], e[k]) for e in entries if e['event'] == event]
+        train, val = (np.array([(e['iter'], e[k]) for e in entries if e['event'] == event]).T
                       for event, k in (('train', 'loss'), ('eval', 'val_loss')))
-        width = max(len(train) // 6, 1)     # one batch's loss says more of the batch than of the model
-        smooth = [np.convolve(z, np.ones(width) / width, 'valid') for z in zip(*train)]
+        width = max(train.shape[1] // 6, 1)     # one batch's loss is mostly the batch's
+        smooth = [np.convolve(z, np.ones(width) / width, 'valid') for z in train]
         line, = ax.plot(*smooth, lw=1, alpha=0.6, label=f'{run}: training, mean of {width} logged')
-        ax.plot(*zip(*val), 'o-', ms=4, color=line.get_color(), label=f'{run}: validation')
-        values += [v for _, v in val] + list(smooth[1])
-        for e in entries if run == runs[0] else []:
-            if e['event'] in ('remove', 'merge'):
-                kind = e.get('site', 'x.x.merge').split('.', 2)[-1]
-                label = None if kind in marked else f'{kind} removed'.replace('merge removed', 'merge')
-                ax.axvline(e['iter'], color='tab:' + colours[kind], lw=0.8, ls=':', label=label)
-                marked.add(kind)
-    low, high = min(values), np.quantile(values, 0.95)      # a start from scratch would flatten the rest
-    margin = high - low
-    ax.set(xlabel='iteration', ylabel='nats', ylim=(low - 0.05 * margin, high + 0.3 * margin))
+        ax.plot(*val, 'o-', ms=4, color=line.get_color(), label=f'{run}: validation')
+        values += [*val[1], *smooth[1]]
+    for e in read_log(runs[0]):
+        if e['event'] in ('remove', 'merge'):
+            events.setdefault(e.get('site', 'x.x.merge').split('.', 2)[-1], []).append(e['iter'])
+    for (kind, its), colour in zip(events.items(), ('orange', 'green', 'red', 'purple', 'gray')):
+        ax.vlines(its, 0, 1, transform=ax.get_xaxis_transform(), color=f'tab:{colour}', lw=0.8,
+                  ls=':', label=kind)
+    low, high = min(values), np.quantile(values, 0.95)  # the start would flatten the rest
+    ax.set(xlabel='iteration', ylabel='nats', ylim=(low, high + 0.3 * (high - low)))
     fig.legend(loc='outside lower center', ncols=2, fontsize=8)
     fig.savefig(path, dpi=120)
     plt.close(fig)
