@@ -23,18 +23,19 @@ SEEDS ?= 1 2 3 4 5 6 7 8
 VARIANTS := $(basename $(notdir $(wildcard experiments/variants/*.py)))
 RUNS := $(foreach s,$(SEEDS),$(VARIANTS:%=out/evidence/%.$s/done))
 
-evidence: out/demo/pretrained/done
+evidence: out/evidence/pretrained/done
 	-OMP_NUM_THREADS=1 $(MAKE) -k -j$$($(BIN)/python -c 'import os; print(os.cpu_count())') $(RUNS)
 	$(BIN)/python experiments/report.py out/evidence
 
-out/demo/pretrained/done: | .venv/ready
-	rm -rf out/demo
+out/evidence/pretrained/done: | .venv/ready
+	rm -rf $(@D)
 	$(BIN)/python prepare.py stdlib --tokenizer=bytes
-	$(BIN)/python experiments/standin.py out/demo/standin
-	$(BIN)/python train.py config/demo_pretrain.py
+	$(BIN)/python experiments/standin.py out/evidence/standin
+	$(BIN)/python train.py config/demo_pretrain.py --init_from=out/evidence/standin --max_iters=1000 \
+	    --out_dir=$(@D)
 	touch $@
 
-out/evidence/%/done: | out/demo/pretrained/done
+out/evidence/%/done: | out/evidence/pretrained/done
 	rm -rf $(@D)
 	$(BIN)/python train.py $(DEMO) experiments/base.py experiments/variants/$(basename $*).py \
 	    --seed=$(subst .,,$(suffix $*)) --out_dir=$(@D)

@@ -8,11 +8,11 @@ init_from = 'out/demo/pretrained'
 dataset = 'stdlib'
 batch_size = 12
 batch_tokens = 12 * 128
-max_iters = 400
+max_iters = 300
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 20
-eval_interval = 200
+eval_interval = 150
 eval_iters = 200
 
 remove_ln = True

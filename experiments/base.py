@@ -7,6 +7,8 @@ The pace is the paper's, remove_ln.py's of 1,200 iterations and 12 layers brough
 its warm-up and cosine too, so that the learning rate is still at 0.4 of its peak at the end.
 """
 control = ''
+init_from = 'out/evidence/pretrained'     # the demo's, trained for 1,000 iterations
+max_iters = 400
 eval_interval = 400         # before and after
 eval_iters = 1000           # 128,000 bytes of val.bin, the same for all
 log_interval = 1
