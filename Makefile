@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO := config/demo_remove_ln.py
 
 demo: .venv/ready
-	rm -rf out/demo data/stdlib
+	rm -rf out/demo
 	$(BIN)/python prepare.py stdlib --tokenizer=bytes
 	$(BIN)/python experiments/standin.py out/demo/standin
 	$(BIN)/python train.py config/demo_pretrain.py
@@ -28,7 +28,7 @@ evidence: out/evidence/pretrained/done
 	$(BIN)/python experiments/report.py out/evidence
 
 out/evidence/pretrained/done: | .venv/ready
-	rm -rf $(@D)
+	rm -rf $(@D) out/evidence/standin
 	$(BIN)/python prepare.py stdlib --tokenizer=bytes
 	$(BIN)/python experiments/standin.py out/evidence/standin
 	$(BIN)/python train.py config/demo_pretrain.py --init_from=out/evidence/standin --max_iters=1000 \

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model import GPT2, UserError, check, command, companions, one_line, write
+from model import GPT2, UserError, check, command, companions, one_line, probe, write
 from prepare import get_tokenizer, vocabulary
 
 URL = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
@@ -218,8 +218,6 @@ def main(argv):
     o = parser.parse_args(argv)
     source, device = o.model, o.device
     check(o.limit is None or o.limit > 0, f"--limit={o.limit}: expected a whole number from 1")
-    if o.json and RANK == 0:
-        open(o.json, 'a').close()       # before an hour of computing, not after
     if device == 'cuda':
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.set_float32_matmul_precision('highest')
@@ -231,6 +229,8 @@ def main(argv):
         if WORLD > 1:
             dist.init_process_group('gloo')     # so that all wait for the file
         questions = read(o.data, o.limit)
+        if o.json and RANK == 0:
+            probe(o.json)
         t0 = time.time()
         all_rows = rows(questions, tokenizer.encode, model.config.block_size)
         # the logits of so many tokens take 0.8 GB on the CPU, 3.3 GB on a GPU

@@ -284,7 +284,7 @@ class GPT2(nn.Module):
         stock = self._stock(HF_EPS)
         s = math.sqrt(stock.config.layer_norm_epsilon)      # the constant that _stock divides by
         check(s >= 1e3, "cannot be folded: all sites still divide by the token's own std")
-        sd = {k: v.clone() for k, v in stock.state_dict().items()}
+        sd = {k: v.cpu() for k, v in stock.state_dict().items()}    # mps has no float64
         for name, reader in self._readers():
             w, b = (sd.pop(f'{name}.{p}').double() for p in ('weight', 'bias'))
             dtype = sd[f'{reader}.weight'].dtype
@@ -294,7 +294,8 @@ class GPT2(nn.Module):
             sd[f'{reader}.weight'] = (Ws - Ws.mean(1, keepdim=True)).to(dtype)
             sd[f'{reader}.bias'] = (c + W @ b).to(dtype)
         config = replace(self.config, ln_mode='none')
-        return self._build(config, sd, 'the folded model').train(self.training)
+        model = self._build(config, {k: v.clone() for k, v in sd.items()}, 'the folded model')
+        return model.to(self.wte.weight.device).train(self.training)
 
     @torch.no_grad()
     def _stock(self, eps):
@@ -329,12 +330,12 @@ class GPT2(nn.Module):
 
     def _put_back(self, sd, s):
         """Gives a 'none' model's state dict LayerNorms that divide by s, and do nothing else."""
-        C = self.config.n_embd
+        C, device = self.config.n_embd, self.wte.weight.device
         for name, reader in self._readers():
-            W = sd[f'{reader}.weight'].double()
+            W = sd[f'{reader}.weight'].cpu().double()
             check((W.sum(1).abs() <= 1e-4 * W.norm(dim=1) * math.sqrt(C)).all(),
                   f"{reader} reads the residual stream's mean, which stock LayerNorm subtracts")
-            sd[f'{name}.weight'], sd[f'{name}.bias'] = torch.full((C,), s), torch.zeros(C)
+            sd[f'{name}.weight'], sd[f'{name}.bias'] = torch.tensor([[s], [0.0]]).repeat(1, C).to(device)
         # A stock lm_head has no bias. Its rows have mean zero and meet vectors of mean zero, so a
         # constant u added to a row changes nothing, until ln_f adds 1 to each of the C entries:
         # then it adds C u. u = bias / C.
@@ -533,6 +534,7 @@ def _read_weights(folder):
 def write(path, content):
     """Writes bytes, or what content(path) writes, to `path`: whole or not at all. Follows links."""
     path = os.path.realpath(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     tmp = path + '.partial'
     try:
         content(tmp) if callable(content) else Path(tmp).write_bytes(content)
@@ -548,6 +550,13 @@ def write(path, content):
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
+
+
+def probe(path):
+    """Raises UserError if `path` cannot be written: before the hours of work, not after them."""
+    check(not os.path.isdir(path), f"{path} is a folder; expected a file")
+    write(path + '.probe', b'')
+    os.remove(path + '.probe')
 
 
 def save_checkpoint(out_dir, model, **extra):
@@ -582,9 +591,9 @@ def check(ok, message):
         raise UserError(message)
 
 
-def one_line(e):
-    """An exception's message on one line."""
-    return ' '.join(str(e).split())[:300] or type(e).__name__
+def one_line(e, most=300):
+    """An exception's message on one line, of at most so many characters."""
+    return ' '.join(str(e).split())[:most] or type(e).__name__
 
 
 def trouble(e):
@@ -592,11 +601,14 @@ def trouble(e):
     text = one_line(e)
     if isinstance(e, UserError):
         return ' '.join(str(e).split())
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+    full = "out of memory|ALLOC_FAILED|can't allocate memory|not enough memory"
+    memory = isinstance(e, RuntimeError) and re.search(full, str(e))
+    if memory or isinstance(e, (MemoryError, torch.OutOfMemoryError)):
         return (f"out of memory ({text[:120]}): try a smaller --batch_size, or "
                 f"--gradient_checkpointing=True")
     if type(e).__module__.startswith(('torch._inductor', 'torch._dynamo')):
-        return f"torch.compile failed ({text}): install a C++ compiler, or type --compile=False"
+        return (f"torch.compile failed ({text}): type --compile=False; it needs a C++ compiler, and "
+                f"a model that is one graph")
     if isinstance(e, RuntimeError) and re.search('closed by peer|gloo|NCCL', text):
         return "lost the other processes of this run; the one that failed says why"
     if isinstance(e, OSError):

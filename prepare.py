@@ -35,6 +35,7 @@ import math
 import os
 import random
 import re
+import shutil
 import sysconfig
 import threading
 import time
@@ -46,7 +47,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from model import UserError, check, command, companions, local_folder, one_line
+from model import UserError, check, command, companions, local_folder, one_line, write
 
 # name: (hub dataset, val_fraction, rows are windows); val_fraction 1: for evaluation only
 PRESETS = {
@@ -77,6 +78,7 @@ def fingerprint(vocab, n):
 
 class Bytes:
     name, vocab_size, eot, eot_text = 'bytes', 257, 256, '<|endoftext|>'
+    files = {}      # {name: bytes} of a tokenizer that cannot be made from its name
     ranks = {bytes([b]): b for b in range(256)}     # {token: id}, in the form of tiktoken's
 
     def encode(self, text):
@@ -128,7 +130,7 @@ class ModelTokenizer(Bytes):
 
     def __init__(self, name, files):
         self.name = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
-        self.table, self.eot = vocabulary(files), end_of_text(name)
+        self.files, self.table, self.eot = files, vocabulary(files), end_of_text(name)
         self.vocab_size = max(self.table.values()) + 1
         check(self.vocab_size <= LIMIT,
               f"{name} has {self.vocab_size} tokens; expected at most {LIMIT}")
@@ -384,9 +386,10 @@ def hub_rows(name, config, split):
     except UserError:
         raise
     except Exception as e:      # offline, unknown, private: each library has its own exceptions
-        check(not n, f"lost {name} after {n:,} rows ({one_line(e)}): type the same command again")
+        why = one_line(e, 3000)     # it lists the choices
+        check(not n, f"lost {name} after {n:,} rows ({why}): type the same command again")
         raise UserError(f"{name} is no file, no preset ({', '.join(PRESETS)}) and no hub dataset, "
-                        f"or needs another --config= or --split= ({one_line(e)})")
+                        f"or needs another --config= or --split= ({why})")
 
 
 def converted(name, config, split, api):
@@ -592,6 +595,9 @@ def prepare(o, tokenizer):
         if not found.tokens['val'] and o.val_fraction > 0:
             tail_as_validation(found, o, tokenizer, train, val)
         meta.write(json.dumps(metadata(found, o, tokenizer), indent=2).encode())
+    shutil.rmtree(os.path.join(o.folder, 'tokenizer'), ignore_errors=True)
+    for name, content in tokenizer.files.items():
+        write(os.path.join(o.folder, 'tokenizer', name), content)
     report(found, o, tokenizer, time.time() - started)
 
 # -----------------------------------------------------------------------------

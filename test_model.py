@@ -185,7 +185,7 @@ def test_position_0_and_end_of_text_have_constants_of_their_own():
     assert model.kinds(idx)[0].tolist() == [EOT] + [TOKEN] * 4 + [EOT] + [TOKEN] * 14 + [EOT] + [TOKEN] * 10
     assert model.kinds(idx)[1, 0] == BOS
     before = model(idx)[0]
-    stds = train.measure(lambda x: model(x, return_stds=True), model.kinds, [(idx, idx), (idx[:2], idx[:2])])
+    stds = train.measure(lambda x: model(x, return_stds=True), model, [(idx, idx), (idx[:2], idx[:2])])
     exact = model(idx, return_stds=True)[2][0]
     weights = torch.tensor([1.0, 1, 0.5, 0.5])[:, None] * (model.kinds(idx) == TOKEN)      # rows 0 and 1 were measured twice
     assert stds[0, TOKEN] == pytest.approx(((exact * weights).sum() / weights.sum()).item(), rel=1e-5)
@@ -198,7 +198,7 @@ def test_position_0_and_end_of_text_have_constants_of_their_own():
         ln.std.fill_(ln.std[TOKEN].item())
     one = (model(idx)[0] - before)[:, 1:].norm() / before[:, 1:].norm()
     assert own < 0.3 and one > 3 * own, (own, one)
-    assert train.measure(lambda x: model(x, return_stds=True), model.kinds, [(idx[1:, :5], idx[1:, :5])])[0, EOT] \
+    assert train.measure(lambda x: model(x, return_stds=True), model, [(idx[1:, :5], idx[1:, :5])])[0, EOT] \
         == pytest.approx(stds[0, TOKEN].item(), rel=0.5)      # a kind that is not there takes the ordinary constant
 
 

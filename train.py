@@ -43,8 +43,8 @@ except ImportError:         # Windows
     fcntl = None
 
 from model import (BOS, EOT, KINDS, TOKEN, GPT2, GPT2Config, UserError, check, command, companions,
-                   load_checkpoint, one_line, save_checkpoint, trouble, write)
-from prepare import fingerprint, get_tokenizer, tokenizer_files, vocabulary
+                   load_checkpoint, one_line, probe, save_checkpoint, trouble, write)
+from prepare import PRESETS, fingerprint, get_tokenizer, tokenizer_files, vocabulary
 
 RANK, LOCAL_RANK = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
 WORLD = int(os.environ.get('WORLD_SIZE', 1))
@@ -200,9 +200,10 @@ def schedule(cfg, n_layer):
               (cfg.start_ln1v, cfg.gap_ln1v, 'ln_1.v')]
     events = [(start + i * gap, 'remove', f'h.{i}.{side}')
               for start, gap, side in groups if start >= 0 for i in range(n_layer)]
-    events += [(cfg.start_lnf, 'remove', 'ln_f')]
-    events += [(cfg.start_eot, 'merge', 'eot'), (cfg.start_bos, 'merge', 'bos')]
-    return sorted((e for e in events if e[0] != -1), key=lambda e: e[0])
+    once = [(cfg.start_lnf, 'remove', 'ln_f'), (cfg.start_eot, 'merge', 'eot'),
+            (cfg.start_bos, 'merge', 'bos')]
+    events += [e for e in once if e[0] >= 0]
+    return sorted(events, key=lambda e: e[0])
 
 
 def ln_of(site):
@@ -226,18 +227,19 @@ def check_schedule(events, cfg, gates):
 
 
 @torch.no_grad()
-def measure(evaluator, kinds, batches):
+def measure(evaluator, model, batches):
     """The constants, the mean of sqrt(var + eps) over all ranks' tokens of a kind -> (n_LN, 3).
 
     batches: (x, y) of this rank, y -1 where a token does not count. A kind that these tokens lack
     takes the ordinary constant.
     """
-    sums = counts = 0
+    sums = torch.zeros(len(model.layernorms()), len(KINDS), dtype=torch.float64)
+    counts = torch.zeros(len(KINDS), dtype=torch.float64)
     for x, y in batches:
         stds = torch.stack(evaluator(x)[2]).cpu().double()                          # (n_LN, B, T)
-        onehot = F.one_hot(kinds(x).cpu(), len(KINDS)).double() * (y.cpu() != -1)[..., None]
-        sums = sums + torch.einsum('lbt,btk->lk', stds, onehot)
-        counts = counts + onehot.sum((0, 1))
+        onehot = F.one_hot(model.kinds(x).cpu(), len(KINDS)) * (y.cpu() != -1)[..., None].double()
+        sums += torch.einsum('lbt,btk->lk', stds, onehot)
+        counts += onehot.sum((0, 1))
     sums, counts = all_reduce(sums), all_reduce(counts)
     mean = sums / counts.clamp(min=1)
     return torch.where(counts > 0, mean, mean[:, TOKEN:TOKEN + 1])
@@ -337,27 +339,42 @@ def read_meta(folder):
         raise UserError(f"the meta file in {folder} is not prepare.py's: {one_line(e)}")
 
 
+def how(name):
+    """The arguments with which prepare.py makes data/NAME."""
+    presets = {'stdlib': 'stdlib --tokenizer=bytes',
+               'openwebtext': 'openwebtext --max_tokens=700_000_000'}
+    return presets.get(name, name if name in PRESETS else f'YOUR_FILES --name={name}')
+
+
 class Data:
     """data/NAME/{train,val}.bin, mapped, not read."""
 
     def __init__(self, cfg, device):
         self.cfg, self.device, self.dir = cfg, device, os.path.join('data', cfg.dataset)
-        check(os.path.isdir(self.dir), f"no {self.dir}: type python prepare.py {cfg.dataset}")
+        check(os.path.isdir(self.dir), f"no {self.dir}: type python prepare.py {how(cfg.dataset)}")
         self.meta = read_meta(self.dir)
         self.tokenizer = self.meta.get('tokenizer')
+        self.proven = False     # that the tokenizer is the model's own: see fit_to_data
         self.noun = 'byte' if self.tokenizer == 'bytes' else 'token'
+
+    def tokenizer_files(self):
+        """{name: bytes} of the model's tokenizer with which prepare.py wrote the data, if so."""
+        folder = os.path.join(self.dir, 'tokenizer')
+        return companions(folder) if os.path.isdir(folder) else {}
 
     def open(self, vocab_size, splits):
         """Maps the splits, for a model with vocab_size tokens. UserError if they do not fit."""
         n, T = self.meta.get('vocab_size', vocab_size), self.cfg.block_size
         self.vocab_size = vocab_size
         # some pad the vocabulary to a multiple of 64 or 128, or add tokens of their own
-        check(n <= vocab_size and (vocab_size < n + 128 or self.tokenizer == 'unknown'),
+        fits = n <= vocab_size and (vocab_size < n + 128 or self.tokenizer == 'unknown')
+        check(fits or self.proven,
               f"{self.dir} has {n} tokens (tokenizer {self.tokenizer}), the model {vocab_size}: "
               f"prepare it with the model's own, prepare.py ... --tokenizer=MODEL")
         for split in splits:
             path = os.path.join(self.dir, f'{split}.bin')
-            check(os.path.exists(path), f"no {path}: type python prepare.py {self.cfg.dataset}")
+            check(os.path.exists(path), f"no {path}: type python prepare.py "
+                                        f"{how(self.cfg.dataset)}")
             n = os.path.getsize(path) / 2
             want = self.meta.get(split, {}).get('tokens', n // 1)
             check(n == want, f"{path} has {n:.1f} tokens, not {want:.0f}: damaged or not uint16")
@@ -516,7 +533,7 @@ def train(cfg, given):
         # what the schedule has for this iteration
         if cfg.remove_ln:
             batches = (data.batch(it, micro) for micro in range(RANK, cfg.n_micro, WORLD))
-            measured = partial(measure, r.evaluator, raw.kinds, batches)
+            measured = partial(measure, r.evaluator, raw, batches)
             for event in apply_schedule(r.events, cfg, it, raw, measured):
                 log(r, **event)
                 print0(f"iter {it:>6} | {event['event']} {event.get('site') or event['kind']:<12}"
@@ -670,9 +687,9 @@ def prepare_run(cfg, given, device):
                         identity=data.identity(), log_path=os.path.join(cfg.out_dir, 'log.jsonl'),
                         start=0, log_bytes=0, losses=[], resumed=None)
     if cfg.control:
-        on = evaluations(cfg.control)[-1].get('on', {}) | {'dataset': cfg.dataset}
-        check(on == r.identity, f"control={cfg.control} was evaluated on {on}, not on "
-                                f"{r.identity}: give both runs the same data and windows")
+        on = evaluations(cfg.control)[-1].get('on', {})
+        check({**on, 'dataset': cfg.dataset} == r.identity, f"control={cfg.control} was evaluated "
+              f"on {on}, not on {r.identity}: give both runs the same data and windows")
     if ckpt:
         r.base, r.start, r.log_bytes = ckpt['base'], ckpt['iter'], ckpt['log_bytes']
         r.losses, r.resumed = check_resume(r, ckpt), ckpt['optimizer']
@@ -691,13 +708,14 @@ def load_model(cfg, given, data):
         torch.manual_seed(cfg.seed)
         model = GPT2(GPT2Config(cfg.block_size, vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
                                 cfg.dropout, mode or cfg.ln_mode))
-        fit_to_data(model, data, {}, source)
-        return model, None, {}
+        files = data.tokenizer_files()
+        fit_to_data(model, data, files, source)
+        return model, None, files
     if source == 'resume':
         source, ckpt = cfg.out_dir, load_checkpoint(cfg.out_dir)
         check('optimizer' in ckpt, f"{source}/ckpt.pt is no run's: type --init_from={source}")
-        faked = ckpt['model_args']['ln_mode'] == 'fake'
-        check(faked == cfg.remove_ln, f"{source}/ckpt.pt is of a run with remove_ln={faked}")
+        was = ckpt['config']['remove_ln']
+        check(was == cfg.remove_ln, f"{source}/ckpt.pt is of a run with remove_ln={was}")
         model = GPT2.from_state(ckpt['model_args'], ckpt['model'], source, dropout=cfg.dropout)
     else:
         model = GPT2.from_pretrained(source, mode, cfg.dropout)
@@ -709,6 +727,7 @@ def load_model(cfg, given, data):
     if 'block_size' in given:
         model.crop_block_size(cfg.block_size)
     cfg.block_size, files = model.config.block_size, companions(source)
+    files = files if vocabulary(files) else data.tokenizer_files() | files
     fit_to_data(model, data, files, source)
     return model, ckpt, files
 
@@ -719,6 +738,7 @@ def fit_to_data(model, data, files, source):
     same = not vocab or not theirs or fingerprint(vocab, data.meta['vocab_size']) == theirs
     check(same, f"{data.dir} was written with the tokenizer {data.tokenizer!r}, which is not "
                 f"that of {source}: prepare it with --tokenizer={source}")
+    data.proven = bool(vocab and theirs)
     if data.meta.get('eot') is not None:
         model.config.eot_token_id = data.meta['eot']
 
@@ -759,12 +779,12 @@ def claim_out_dir(r):
         print0(f"note: {out_dir} cannot be locked ({e.strerror}): let no other run write there")
     free = shutil.disk_usage(out_dir).free
     check(free > need, f"{out_dir} has {free / 1e9:.1f} GB left, this run needs {need / 1e9:.1f}")
-    write(r.log_path + '.probe', b'')       # the calls that a checkpoint needs
-    os.remove(r.log_path + '.probe')
+    probe(r.log_path)
+    if os.path.exists(r.log_path) and not r.resumed:    # a run that never saved, of another model
+        shutil.rmtree(os.path.join(out_dir, 'tokenizer'), ignore_errors=True)
     with open(r.log_path, 'a') as f:
         f.truncate(r.log_bytes)             # what came later will happen again
     for name, content in r.files.items():
-        os.makedirs(os.path.join(out_dir, 'tokenizer'), exist_ok=True)
         write(os.path.join(out_dir, 'tokenizer', name), content)
 
 
@@ -827,7 +847,7 @@ def evaluate(r, it):
 def log_ratios(r, it):
     """{kind: {LN: its std, times the ordinary one}}, measured on the validation windows; logged."""
     batches = ((x, y) for _, x, y in r.data.windows())
-    stds = measure(r.evaluator, r.raw.kinds, batches)
+    stds = measure(r.evaluator, r.raw, batches)
     times = (stds / stds[:, TOKEN:TOKEN + 1]).T.tolist()
     ratios = {KINDS[k]: dict(zip(r.raw.layernorms(), times[k])) for k in (BOS, EOT)}
     log(r, event='giant', iter=it, **ratios)

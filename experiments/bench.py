@@ -57,7 +57,8 @@ def main(argv, steps=20):
             runs[r][0]()
             seconds[i, r] = time.perf_counter() - t
     cuda = torch.cuda.is_available()
-    peak = train.peak_flops() if cuda else None
+    gpu = torch.cuda.get_device_name() if cuda else ''
+    peak = next((flops for name, flops in train.PEAK.items() if name in gpu), None)
     for r, (_, tokens, flops, what) in enumerate(runs):
         t = np.median(seconds[:, r])
         print(f"{' '.join(settings[r])}: {what}; {tokens / t:,.0f} tokens/s, median step {t * 1e3:.1f} ms"

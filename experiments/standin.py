@@ -52,6 +52,8 @@ def main(argv):
             shape[key] = int(value)
     if len(folders) != 1:
         sys.exit(__doc__)
+    if os.path.exists(folders[0]):
+        sys.exit(f"standin.py: {folders[0]} exists: choose another name, or move it away")
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=257, **shape))
     plant(model, eot=256)

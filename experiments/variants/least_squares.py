@@ -11,11 +11,11 @@ gap_ln1v = 8
 start_lnf = 100
 
 
-def _measure(evaluator, kinds, batches):
+def _measure(evaluator, model, batches):
     """One process, constants for ordinary tokens."""
     stds = []
     for x, y in batches:
-        keep = kinds(x) == _train.TOKEN
+        keep = model.kinds(x) == _train.TOKEN
         stds.append(_torch.stack(evaluator(x)[2])[:, keep].detach().double())
     stds = _torch.cat(stds, 1)                                  # (n_LN, tokens)
     return (stds.square().mean(1) / stds.mean(1))[:, None].expand(-1, 3)
