@@ -440,7 +440,6 @@ class GPT2(nn.Module):
             **{f'{part}_pdrop': c.dropout for part in ('resid', 'embd', 'attn')},
             **{k: getattr(stock.config, k) for k in CONFIG_KEYS}}
         ids = {k: v for k, v in config.items() if re.fullmatch('(bos|eos|pad)_token_id', k)}
-        os.makedirs(folder, exist_ok=True)
         for name, content in ({'generation_config.json': json.dumps(ids).encode()} | files).items():
             write(os.path.join(folder, name), content)
         write(os.path.join(folder, 'model.safetensors'),

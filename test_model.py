@@ -200,6 +200,7 @@ def test_position_0_and_end_of_text_have_constants_of_their_own():
     assert own < 0.3 and one > 3 * own, (own, one)
     assert train.measure(lambda x: model(x, return_stds=True), model, [(idx[1:, :5], idx[1:, :5])])[0, EOT] \
         == pytest.approx(stds[0, TOKEN].item(), rel=0.5)      # a kind that is not there takes the ordinary constant
+    assert train.measure(None, model, []).shape == stds.shape       # a rank that has no batch
 
 
 @torch.no_grad()
@@ -349,8 +350,10 @@ def test_a_taper_fades_gates_and_merges_and_ends_exactly():
         log += train.apply_schedule(events, cfg, it, model, lambda: torch.tensor([[2.0, 10.0, 4.0]] * 5))
         gates.append(model.sites()['h.0.ln_2'].item())
         stds.append(model.h[0].ln_2.std.tolist())
-    assert gates == [0, 0, 0.25, 0.5, 0.75] + [1.0] * 12
-    assert stds[2:] == [[2, 10, 4]] * 9 + [[2, 10, 3.5], [2, 10, 3], [2, 8, 2.5], [2, 6, 2], [2, 4, 2], [2, 2, 2]]
+    assert gates == [0, 0, 1 / 16, 4 / 16, 9 / 16] + [1.0] * 12
+    mixed = lambda a, k: 1 / ((16 - k * k) / 16 / a + k * k / 16 / 2)       # with the same share of the ordinary map
+    want = [[2, 10, 4]] * 9 + [[2, mixed(10, max(i - 2, 0)), mixed(4, min(i, 4))] for i in range(1, 7)]
+    assert torch.allclose(torch.tensor(stds[2:]), torch.tensor(want), rtol=1e-6)
     assert [e['iter'] for e in log if e['event'] == 'merge'] == [11, 13]
     model.h[0].ln_2.std[:] = torch.tensor([0.1, 33000.7, 4.0])      # where rounding would leave a difference
     for it in range(13, 17):
@@ -644,14 +647,17 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(workspace, capsy
 @pytest.fixture(scope='session')
 def standin(workspace):
     """experiments/standin.py's model, trained for a moment on the standard library, and its control."""
-    prepare.main(['stdlib', '--tokenizer=bytes'])
+    code = [part for path in prepare.stdlib_files() for part in Path(path).read_text(errors='replace').split('\n\n')]
+    rows = (json.dumps({'text': part}) for part in code[:9000] if part.strip())
+    Path('docs.jsonl').write_text('\n'.join(rows))     # short documents: some end-of-text in each batch
+    prepare.main(['docs.jsonl', '--tokenizer=bytes', '--val_fraction=0.05'])
     sys.path.insert(0, str(REPO / 'experiments'))
     import standin
-    standin.SIZE = 250.0        # in so short a training it shrinks less
+    standin.SIZE = 180.0        # in so short a training it shrinks less
     standin.main(['standin', '--n_layer=3', '--n_embd=96', '--block_size=64'])
-    common = ['--dataset=stdlib', '--batch_size=16', '--batch_tokens=1024', '--eval_interval=400', '--eval_iters=200',
-              '--log_interval=5', '--device=cpu', '--compile=False', '--warmup_iters=10']
-    train.main(common + ['--init_from=standin', '--out_dir=giant', '--max_iters=250', '--learning_rate=2e-3', '--min_lr=2e-4'])
+    common = ['--dataset=docs', '--batch_size=16', '--batch_tokens=1024', '--eval_interval=400', '--eval_iters=200',
+              '--log_interval=1', '--device=cpu', '--compile=False', '--warmup_iters=10']
+    train.main(common + ['--init_from=standin', '--out_dir=giant', '--max_iters=200', '--learning_rate=2e-3', '--min_lr=2e-4'])
     Path('paper.py').write_text("""_k = 6          # a sixth of the paper's iterations, and 3 layers for its 12
 max_iters, warmup_iters, lr_decay_iters = max_iters // _k, warmup_iters // _k, lr_decay_iters // _k
 start_ln2, start_ln1qk, start_ln1v, start_lnf = (s // _k for s in (start_ln2, start_ln1qk, start_ln1v, start_lnf))
@@ -665,23 +671,30 @@ taper_iters = min(taper_iters, 16)
     return scaled
 
 
-def test_the_flagship_survives_the_giant_vector_and_the_papers_text_does_not(standin, capsys):
-    giant = [e for e in log_of('out/remove_ln/control')]
-    train.main([*standin, '--control=out/remove_ln/control'])
-    out, log = capsys.readouterr().out, log_of('out/remove_ln')
+@pytest.fixture(scope='session')
+def flagship(standin):
+    """What config/remove_ln.py, scaled, printed; it wrote out/remove_ln."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        train.main([*standin, '--control=out/remove_ln/control'])
+    return out.getvalue()
+
+
+def test_the_flagship_survives_the_giant_vector_and_the_papers_text_does_not(standin, flagship, capsys):
+    def worst(out_dir):     # the most that a batch's loss was above the control's
+        logs = [[e['loss'] for e in log_of(d) if e['event'] == 'train'] for d in (out_dir, 'out/remove_ln/control')]
+        return np.subtract(*logs).max()
+    log, out = log_of('out/remove_ln'), flagship
     ratios = [max(e['bos'].values()) for e in log if e['event'] == 'giant']
     assert ratios[0] > 15 and ratios[1] < ratios[0] / 3 and 'warning' not in out     # it is there, and it is undone
-    kept = {e['iter']: e['loss'] for e in giant if e['event'] == 'train'}
-    worst = max(e['loss'] - kept[e['iter']] for e in log if e['event'] == 'train')
     gap = val_loss('out/remove_ln') - val_loss('out/remove_ln/control')
-    assert worst < 1 and gap < 0.25, (worst, gap)
+    assert worst('out/remove_ln') < 2 and gap < 0.25, (worst('out/remove_ln'), gap)
     assert f'{gap:+.4f}' in out and f'{ratios[0]:.1f} before, {ratios[1]:.1f} after' in out and 'LN-free' in out
     handed_over, checkpoint = GPT2.from_pretrained('out/remove_ln/hf').eval(), GPT2.from_pretrained('out/remove_ln').eval()
     idx = torch.randint(0, 257, (2, 64))
     assert handed_over.config.ln_mode == 'none' and difference(handed_over(idx)[0], checkpoint(idx)[0]) < 1e-3
-    # special constants merged late, in one iteration each: warned of, stopped, and nothing handed over
-    error = refused(train, *standin, '--out_dir=text', '--taper_iters=0', '--start_eot=176', '--start_bos=193', capsys=capsys)
-    assert 'diverged' in error and 'merge bos' in error and not os.path.exists('text/hf')
+    # the paper's text: special constants, merged late, in one iteration each
+    train.main([*standin, '--out_dir=text', '--taper_iters=0', '--start_eot=176', '--start_bos=193', '--guard_nats=0'])
+    assert 'warning: at iteration 193 ' in capsys.readouterr().out and worst('text') > 20
 
 
 def test_a_partial_removal_ends_with_its_checkpoint(standin, capsys):
@@ -690,9 +703,13 @@ def test_a_partial_removal_ends_with_its_checkpoint(standin, capsys):
     out = capsys.readouterr().out
     assert re.search(r'LN removed +\d\.\d+ +7\n', out) and '7 of 10 sites' in out and not os.path.exists('partial/hf')
     assert len(GPT2.from_pretrained('partial').sites_left()) == 7 and os.path.exists('partial/loss.png')
+    kept = [*standin, '--init_from=partial', '--out_dir=kept', '--remove_ln=False', '--warmup_iters=5']
+    train.main([*kept, '--max_iters=10'])
+    train.main([*kept, '--max_iters=12', '--init_from=resume'])
+    assert len(GPT2.from_pretrained('kept').sites_left()) == 7 and log_of('kept')[-1]['iter'] == 12
 
 
-def test_the_readmes_snippets_and_the_handed_over_folder(standin, capsys):
+def test_the_readmes_snippets_and_the_handed_over_folder(flagship):
     """Each runs, and what it calls logits is what our own model computes; generation through transformers' cache too."""
     transformers = pytest.importorskip('transformers')
     os.makedirs('out/demo', exist_ok=True)
@@ -906,6 +923,15 @@ def test_a_models_own_tokenizer_is_used_and_handed_on(folder, capsys):
         assert Path(f'run/hf/{name}').read_bytes() == Path(f'german/{name}').read_bytes()
     config = json.loads(Path('run/hf/config.json').read_text())
     assert (config['bos_token_id'], config['eos_token_id'], config['pad_token_id']) == (0, [0, 5], 1)
+    # a model that brings none is handed over with that of its data, not with one that a dead run left
+    shutil.copytree('german', 'bare')
+    os.remove('bare/tokenizer.json')
+    os.makedirs('bare_run/tokenizer')
+    Path('bare_run/tokenizer/vocab.json').write_text('{}')
+    Path('bare_run/log.jsonl').write_text('')
+    train.main(args + ['--dataset=t', '--out_dir=bare_run', '--init_from=bare'])
+    assert Path('bare_run/hf/tokenizer.json').read_bytes() == Path('german/tokenizer.json').read_bytes()
+    assert not os.path.exists('bare_run/hf/vocab.json')
     # data of another tokenizer is refused, in training and evaluation
     prepare.main(['t.txt', '--tokenizer=bytes', '--name=other'])
     meta = json.loads(Path('data/other/meta.json').read_text())
@@ -1258,6 +1284,7 @@ CASES = [
     (train, [*LOADED, '--init_from=model', '--block_size=64'], '--block_size=32'),
     (train, [*NEW, '--batch_tokens=500'], '--batch_tokens=384'),
     (train, [*NEW, *REMOVE, '--max_iters=13'], 'max_iters=13'),
+    (train, [*NEW, *REMOVE, '--max_iters=20', '--gap_ln2=-3'], 'h.1.ln_2 would take iterations -1'),
     (train, [*LOADED, *REMOVE, '--init_from=free', '--max_iters=20'], 'lost already'),
     (train, [*NEW, '--init_from=no/such'], 'no/such'),
     (train, [*NEW, '--init_from=model/model.safetensors'], 'file'),
@@ -1292,7 +1319,7 @@ CASES = [
     (eval_hellaswag, ['infinite', '--data=good.jsonl'], 'question 1'),
     (eval_hellaswag, ['odd_vocab', '--data=good.jsonl'], '300'),
     (eval_hellaswag, ['run', '--data=good.jsonl', '--limit=0'], '--limit=0'),
-    (eval_hellaswag, ['run', '--data=good.jsonl', '--json=nowhere/x.json'], 'nowhere/x.json'),
+    (eval_hellaswag, ['run', '--data=good.jsonl', '--json=words.txt/x.json'], 'words.txt'),
     (model, ['run', 'model'], 'model exists'),
     (model, ['run', 'folded', '--folded'], "'real'"),
 ]
@@ -1322,7 +1349,8 @@ def test_paths_begin_at_home_and_the_file_system_may_have_no_locks(workspace, mo
 
 
 @pytest.mark.parametrize('error, said', [
-    (MemoryError(), '--batch_size'), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), '--batch_size'),
+    (MemoryError(), '--batch_size'), (RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED'), '--batch_size'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), '--batch_size'),
     (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), '--gradient_checkpointing=True')])
 def test_trouble_of_the_machine_is_one_line(error, said, workspace, monkeypatch, capsys):
     def fails(*args):

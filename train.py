@@ -98,7 +98,7 @@ class Config:
     start_lnf: int = 1040
     start_eot: int = 0              # when end-of-text takes the ordinary constants; 0: always
     start_bos: int = 0              # position 0
-    taper_iters: int = 0            # how long a gate takes from 0 to 1, and a merge; 0: abrupt
+    taper_iters: int = 0            # how long a site takes to fade, and a merge; 0: abrupt
     aux_loss_weight: float = 0.0    # holds the std before ln_f near its mean; in a removal only
     # machine
     device: str = 'auto'            # 'cuda' if there is one, else 'cpu'; 'mps'
@@ -245,6 +245,15 @@ def measure(evaluator, model, batches):
     return torch.where(counts > 0, mean, mean[:, TOKEN:TOKEN + 1])
 
 
+def fade(k, n):
+    """How far a gate or a merge is after k of the n iterations that it takes: from 0 to 1.
+
+    A gate g multiplies what a giant vector of r times the ordinary std feeds by 1 + (r - 1) g. A
+    linear one would do most of this in its first iteration; the square lets the model keep up.
+    """
+    return (k / n) ** 2
+
+
 def apply_schedule(events, cfg, it, model, measured):
     """Sets the gates and constants of iteration it -> what to log. Calls measured() if needed."""
     n = max(cfg.taper_iters, 1)
@@ -262,18 +271,17 @@ def apply_schedule(events, cfg, it, model, measured):
             if 0 <= start <= it:
                 lns[ln].std[kind] = lns[ln].std[TOKEN]
     for when, event, name in due:
-        left = when + n - it            # iterations until it is complete, this one counted
+        k = it - when + 1               # iterations of it, this one counted
         if event == 'remove':
-            sites[name].fill_(1 - max(left - 1, 0) / n)
+            sites[name].fill_(fade(min(k, n), n))
             if when == it:
                 std = dict(zip(KINDS, lns[ln_of(name)].std.tolist()))
                 log.append(dict(event=event, iter=it, site=name, std=std))
-        elif left > 0:                  # an equal part of the way each time, the last to the end
+        elif k <= n:    # the inverse goes from the special constant's to the ordinary one's
+            part, kind = (fade(k, n) - fade(k - 1, n)) / (1 - fade(k - 1, n)), KINDS.index(name)
             for std in (ln.std for ln in lns.values()):
-                kind = KINDS.index(name)
-                std[kind] += (std[TOKEN] - std[kind]) / left
-                if left == 1:
-                    std[kind] = std[TOKEN]
+                inverse = torch.lerp(1 / std[kind], 1 / std[TOKEN], part)
+                std[kind] = std[TOKEN] if k == n else 1 / inverse
             if when == it:
                 log.append(dict(event=event, iter=it, kind=name))
     return log
@@ -285,21 +293,24 @@ STEEP = 5       # how much what a token feeds may grow within one iteration, wit
 def warnings_of(events, cfg, ratios):
     """What the schedule will do to a giant vector, told before it happens: a list of lines.
 
-    ratios: {kind: {LN: r}}. The ordinary constant multiplies what a token with r times its std
-    feeds by r: at once, or by up to 1 + (r - 1) / n in one iteration of a fade over n.
+    ratios: {kind: {LN: r}}. The ordinary constant multiplies what a token with r times the ordinary
+    std feeds by r, at once or over the iterations of a fade.
     """
+    def growth(r, n):       # the most in one iteration
+        fed = [1 + (r - 1) * fade(k, n) for k in range(n + 1)]
+        return max(b / a for a, b in zip(fed, fed[1:]))
     told, n = [], max(cfg.taper_iters, 1)
     for kind, start in (('bos', cfg.start_bos), ('eot', cfg.start_eot)):
         # a site removed after the merge meets the ordinary constant then, the others in the merge
         steps = [(max(when, start), ratios[kind][ln_of(name)], ln_of(name))
                  for when, event, name in events if event == 'remove' and start >= 0]
-        steps = [s for s in steps if 1 + (s[1] - 1) / n > STEEP]
+        steps = [s for s in steps if growth(s[1], n) > STEEP]
         if steps:
             _, r, ln = max(steps, key=lambda s: s[1])
             what = 'position 0' if kind == 'bos' else 'end-of-text'
             told.append(
                 f"warning: at iteration {min(steps)[0]} the schedule multiplies what {what} feeds "
-                f"by up to {1 + (r - 1) / n:.0f} (its std is {r:.0f} times the ordinary one before "
+                f"by up to {growth(r, n):.0f} (its std is {r:.0f} times the ordinary one before "
                 f"{ln}): type --taper_iters={math.ceil((r - 1) / 2)}, or move start_{kind}")
     return told
 
