@@ -1,4 +1,4 @@
-# make demo: watch a small GPT-2 with a giant vector lose every LayerNorm, in minutes on two CPU cores
+# make demo: a small GPT-2 with a giant vector loses every LayerNorm, in minutes on two CPU cores
 # make test: the tests
 # make evidence: the table of experiments/README.md, from nothing; it goes on where it was stopped
 # Each makes the virtual environment first if it is missing.

@@ -335,7 +335,8 @@ class GPT2(nn.Module):
             W = sd[f'{reader}.weight'].cpu().double()
             check((W.sum(1).abs() <= 1e-4 * W.norm(dim=1) * math.sqrt(C)).all(),
                   f"{reader} reads the residual stream's mean, which stock LayerNorm subtracts")
-            sd[f'{name}.weight'], sd[f'{name}.bias'] = torch.tensor([[s], [0.0]]).repeat(1, C).to(device)
+            w_b = torch.tensor([[s], [0.0]], device=device).expand(2, C).contiguous()
+            sd[f'{name}.weight'], sd[f'{name}.bias'] = w_b
         # A stock lm_head has no bias. Its rows have mean zero and meet vectors of mean zero, so a
         # constant u added to a row changes nothing, until ln_f adds 1 to each of the C entries:
         # then it adds C u. u = bias / C.
@@ -606,8 +607,8 @@ def trouble(e):
         return (f"out of memory ({text[:120]}): try a smaller --batch_size, or "
                 f"--gradient_checkpointing=True")
     if type(e).__module__.startswith(('torch._inductor', 'torch._dynamo')):
-        return (f"torch.compile failed ({text}): type --compile=False; it needs a C++ compiler, and "
-                f"a model that is one graph")
+        return (f"torch.compile failed ({text}): type --compile=False. It needs a C++ compiler "
+                f"and a model that is one graph")
     if isinstance(e, RuntimeError) and re.search('closed by peer|gloo|NCCL', text):
         return "lost the other processes of this run; the one that failed says why"
     if isinstance(e, OSError):

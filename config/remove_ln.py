@@ -1,13 +1,14 @@
 """
-The paper's run (arXiv 2409.13710): GPT-2 small loses every LayerNorm within 1,200 iterations of 0.5M tokens.
+The paper's run (arXiv 2409.13710): GPT-2 small loses every LayerNorm in 1,200 iterations of 0.5M
+tokens.
 
     torchrun --nproc_per_node=8 train.py config/remove_ln.py
     torchrun --nproc_per_node=8 train.py config/remove_ln.py config/control.py      # its control
 
-The paper's text gives position 0 and end-of-text constants of their own and makes them the ordinary ones
-in one iteration each, at 1060 and 1160; on a model with GPT-2's giant vector that destroys the model
-(experiments/README.md). Its code gave position 0 the ordinary constant from the start. We do as its code
-did, for end-of-text too, and fade each site over 20 iterations, at the paper's pace.
+The paper's text gives position 0 and end-of-text constants of their own, and makes them the ordinary
+ones in one iteration each, at 1060 and 1160; that wrecks a model with GPT-2's giant vector
+(experiments/README.md). Its code gave position 0 the ordinary constant from the start. We do as its
+code did, for end-of-text too, and fade each site over 20 iterations, at the paper's pace.
 
 batch_size * 1024 must divide batch_tokens; it changes the speed and memory, not the result.
 """

@@ -1,9 +1,10 @@
 """
-The follow-up's run (arXiv 2507.02559) for GPT-2 XL, as published: 48 layers, 800 iterations of 0.5M tokens.
+The follow-up's run (arXiv 2507.02559) for GPT-2 XL, as published: 48 layers, 800 iterations
+of 0.5M tokens.
 
     torchrun --nproc_per_node=8 train.py config/remove_ln_xl.py
 
-Ours: each site fades over 20 iterations instead of going at once, and dropout is off (theirs: 0.1).
+Ours: each site fades over 20 iterations instead of going at once; dropout is off (theirs: 0.1).
 """
 out_dir = 'out/remove_ln_xl'
 init_from = 'gpt2-xl'
