@@ -1,12 +1,14 @@
 """
-What does a step cost? Times two settings step by step in turns, since machines are noisy, on synthetic tokens.
+What does a step cost? Times two settings step by step in turns, since machines are noisy, on
+synthetic tokens.
 
     python experiments/bench.py --ln_mode=fake,real                         removal against plain LN
     python experiments/bench.py --ln_mode=fake,real --compile=False
-    python experiments/bench.py --compile=True,False --n_layer=4 --n_embd=128 --n_head=4 --block_size=128
+    python experiments/bench.py --compile=True,False --n_layer=4 --block_size=128
 
-Any key of train.py's Config; two values with a comma between them are the two settings. The default is GPT-2
-small's shape and one sequence. Prints the time of the first over the second, and on CUDA the peak memory and MFU.
+Any key of train.py's Config; two values with a comma between them are the two settings. The default
+is GPT-2 small's shape and one sequence. Prints the time of the first over the second, and on CUDA
+the peak memory and MFU.
 """
 import os
 import sys
@@ -33,19 +35,21 @@ def make(argv):
     raw.gradient_checkpointing = cfg.gradient_checkpointing
     for gate in raw.sites().values() if ln_mode == 'fake' else []:
         gate.fill_(0.5)
-    model, optimizer = torch.compile(raw, fullgraph=True) if compiled else raw, train.make_optimizer(cfg, raw)
+    model = torch.compile(raw, fullgraph=True) if compiled else raw
+    optimizer = train.make_optimizer(cfg, raw)
     x = torch.randint(raw.config.vocab_size, (2, cfg.batch_size, cfg.block_size), device=device)
 
     def step():
         train.step(cfg, 0, model, raw, optimizer, lambda it, micro: (x[0], x[1]), autocast)
         if x.is_cuda:
             torch.cuda.synchronize()
-    return step, cfg.batch_tokens, raw.flops_per_token(), f"{raw.num_params():,} parameters, {device}, {dtype}"
+    what = f"{raw.num_params():,} parameters, {device}, {dtype}"
+    return step, cfg.batch_tokens, raw.flops_per_token(), what
 
 
 def main(argv, steps=20):
-    settings = [[a.replace(f'={v}', f"={v.split(',')[i]}") if ',' in (v := a.partition('=')[2]) else a for a in argv]
-                for i in range(2)]
+    settings = [[a.replace(f'={v}', f"={v.split(',')[i]}")
+                 if ',' in (v := a.partition('=')[2]) else a for a in argv] for i in range(2)]
     runs = [make(s) for s in settings]
     for step, *_ in runs:       # compile, and make the optimizer's moments
         step()
@@ -61,10 +65,12 @@ def main(argv, steps=20):
     peak = next((flops for name, flops in train.PEAK.items() if name in gpu), None)
     for r, (_, tokens, flops, what) in enumerate(runs):
         t = np.median(seconds[:, r])
-        print(f"{' '.join(settings[r])}: {what}; {tokens / t:,.0f} tokens/s, median step {t * 1e3:.1f} ms"
+        print(f"{' '.join(settings[r])}: {what}; {tokens / t:,.0f} tokens/s, "
+              f"median step {t * 1e3:.1f} ms"
               + (f", MFU {tokens / t * flops / peak:.1%}" if peak else ''))
     low, ratio, high = np.quantile(seconds[:, 0] / seconds[:, 1], (0.25, 0.5, 0.75))
-    print(f"time of the first over the second: median {ratio:.3f}, middle half {low:.3f} to {high:.3f}")
+    print(f"time of the first over the second: median {ratio:.3f}, "
+          f"middle half {low:.3f} to {high:.3f}")
     if cuda:
         print(f"peak memory of both together {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
 

@@ -1,10 +1,12 @@
 """
-Does a model without LayerNorm explode on rare inputs? Evaluates runs on text that they were not trained on.
+Does a model without LayerNorm explode on rare inputs? Evaluates runs on text that they were not
+trained on.
 
     python experiments/odd.py RUN [RUN ...]     bytes models: the demo's, or those of the evidence
 
-Prints, for each kind of text: the mean loss in nats per byte, the 99.9th percentile and the largest of a byte, the
-expected calibration error and the mean entropy of the prediction; for the first byte of a window the mean, too.
+Prints, for each kind of text: the mean loss in nats per byte, the 99.9th percentile and the largest
+of a byte, the expected calibration error and the mean entropy of the prediction; for the first byte
+of a window the mean, too.
 """
 import os
 import sys
@@ -20,7 +22,8 @@ from model import GPT2          # noqa: E402
 
 
 def texts(n=50_000):
-    """{kind: text of about n bytes}; the standard library's validation split is what the models know."""
+    """{kind: text of about n bytes};
+    the standard library's validation split is what the models know."""
     rng = np.random.default_rng(0)
     include = sysconfig.get_paths()['include']
     headers = sorted(name for name in os.listdir(include) if name.endswith('.h'))
@@ -28,8 +31,10 @@ def texts(n=50_000):
     for name in headers:
         with open(os.path.join(include, name), encoding='utf-8', errors='replace') as f:
             code += f.read()
-    return {'C headers': code[:n], 'Chinese characters, at random': ''.join(map(chr, rng.integers(0x4e00, 0x9fa5, n // 3))),
-            'one character, repeated': 'a' * n, 'a line, repeated': 'for i in range(10):\n' * (n // 20),
+    chinese = ''.join(map(chr, rng.integers(0x4e00, 0x9fa5, n // 3)))
+    return {'C headers': code[:n], 'Chinese characters, at random': chinese,
+            'one character, repeated': 'a' * n,
+            'a line, repeated': 'for i in range(10):\n' * (n // 20),
             'ASCII, at random': ''.join(map(chr, rng.integers(32, 127, n)))}
 
 
@@ -45,7 +50,8 @@ def main(runs):
         with tempfile.TemporaryDirectory() as folder:
             ids.tofile(os.path.join(folder, 'val.bin'))
             for run in runs:
-                cfg, _ = train.load_config(['--dataset=' + os.path.abspath(folder), f'--block_size={block_size}', '--eval_iters=0'])
+                cfg, _ = train.load_config(['--dataset=' + os.path.abspath(folder),
+                                            f'--block_size={block_size}', '--eval_iters=0'])
                 data = train.Data(cfg, 'cpu')
                 data.open(257, ['val'])
                 model = GPT2.from_pretrained(run).eval()
@@ -53,8 +59,10 @@ def main(runs):
                 table = train.token_losses(model, data, full=True)
                 loss = table[0][~np.isnan(table[0])]
                 error, entropy = train.calibration(table)
-                print(f'| {kind} | {os.path.basename(os.path.normpath(run))} | {loss.mean():.3f} | {np.nanmean(table[0][:, 0]):.3f} | '
-                      f'{np.quantile(loss, 0.999):.1f} | {loss.max():.1f} | {error:.3f} | {entropy:.3f} |', flush=True)
+                name, first = os.path.basename(os.path.normpath(run)), np.nanmean(table[0][:, 0])
+                print(f'| {kind} | {name} | {loss.mean():.3f} | {first:.3f} | '
+                      f'{np.quantile(loss, 0.999):.1f} | {loss.max():.1f} | {error:.3f} | '
+                      f'{entropy:.3f} |', flush=True)
 
 
 if __name__ == '__main__':

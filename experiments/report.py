@@ -1,11 +1,13 @@
 """
 The table of the evidence: variants over seeds, each run against the control of its seed.
 
-    python experiments/report.py out/evidence [PICTURE.png]     runs called NAME.SEED, and control.SEED for each seed
+    python experiments/report.py out/evidence [PICTURE.png]     runs called NAME.SEED, and
+                                                                control.SEED for each seed
 
-A run and its control see the same batches, so the difference of their training losses has almost none of the
-batches' noise: it is the cost of the removal, iteration by iteration. gap: the difference of the validation
-losses at the end. worst: the largest difference on the way. within 0.1: seeds that ended so close.
+A run and its control see the same batches, so the difference of their training losses has almost
+none of the batches' noise: it is the cost of the removal, iteration by iteration. gap: the
+difference of the validation losses at the end. worst: the largest difference on the way.
+within 0.1: seeds that ended so close.
 """
 import json
 import os
@@ -54,7 +56,8 @@ def statistics(runs):
 
 def table(found, tokens):
     """Markdown. tokens: of an iteration."""
-    rows = ['| variant | seeds | gap (standard error) | worst moment | within 0.1 | tokens until within 0.05 |',
+    rows = ['| variant | seeds | gap (standard error) | worst moment | within 0.1 | '
+            'tokens until within 0.05 |',
             '|---|---|---|---|---|---|']
     for name, (gaps, differences) in sorted(found.items(), key=lambda v: v[1][0].mean()):
         n = len(gaps)
@@ -65,8 +68,8 @@ def table(found, tokens):
         until = 0 if not len(high) else high[-1] + 20               # from then on it stays below
         when = 'not reached' if until >= len(mean) else f'{(until + 1) * tokens / 1e3:.0f}k'
         at = np.unravel_index(differences.argmax(), differences.shape)[1]
-        rows.append(f'| {name} | {n} | {gaps.mean():+.4f}{error} | {differences.max():+.2f} at {at} | '
-                    f'{(gaps < 0.1).sum()} of {n} | {when} |')
+        rows.append(f'| {name} | {n} | {gaps.mean():+.4f}{error} | '
+                    f'{differences.max():+.2f} at {at} | {(gaps < 0.1).sum()} of {n} | {when} |')
     return '\n'.join(rows)
 
 
@@ -81,7 +84,8 @@ def picture(path, found, names, tokens):
             smooth = np.array([np.convolve(z, np.ones(5) / 5, 'valid') for z in d])
             x = np.arange(smooth.shape[1]) * tokens / 1e3
             line, = ax.plot(x, smooth.mean(0), lw=1.2, label=f'{name} ({len(d)} seeds)')
-            ax.fill_between(x, smooth.min(0), smooth.max(0), color=line.get_color(), alpha=0.2, lw=0)
+            ax.fill_between(x, smooth.min(0), smooth.max(0),
+                            color=line.get_color(), alpha=0.2, lw=0)
     ax.set(xlabel='tokens (thousands)', ylabel='LN removed minus LN kept, same batches (nats)')
     ax.set_yscale('symlog', linthresh=0.2)
     ax.axhline(0, color='gray', lw=0.8)

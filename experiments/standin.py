@@ -1,14 +1,17 @@
 """
-Writes an untrained GPT-2 with a planted giant vector, as a Hugging Face folder that any run can start from:
+Writes an untrained GPT-2 with a planted giant vector, as a Hugging Face folder that any run can
+start from:
 
-    python experiments/standin.py FOLDER [--n_layer=4] [--n_head=4] [--n_embd=128] [--block_size=128]
+    python experiments/standin.py FOLDER [--n_layer=4] [--n_head=4] [--n_embd=128]
+        [--block_size=128]
     python train.py config/demo_pretrain.py --init_from=FOLDER
 
-Trained GPT-2s park a vector of up to 42 times the ordinary std at position 0 and at end-of-text: the first block's MLP
-writes it into a few channels of the residual stream, the last block's erases it (arXiv 2507.02559, section 4). Small
-models that are trained for minutes do not grow one, and removing their LayerNorm is too easy a test. So it is planted:
-GIANT neurons of the first MLP fire at position 0 and at end-of-text only, and write +-SIZE into two channels; as many
-of the last MLP read these channels and write the opposite. A pre-training of a thousand iterations keeps it.
+Trained GPT-2s park a vector of up to 42 times the ordinary std at position 0 and at end-of-text:
+the first block's MLP writes it into a few channels of the residual stream, the last block's erases
+it (arXiv 2507.02559, section 4). Small models that are trained for minutes do not grow one, and
+removing their LayerNorm is too easy a test. So it is planted: GIANT neurons of the first MLP fire
+at position 0 and at end-of-text only, and write +-SIZE into two channels; as many of the last MLP
+read these channels and write the opposite. A pre-training of a thousand iterations keeps it.
 """
 import os
 import sys
@@ -24,17 +27,21 @@ SIZE = 1700.0         # what they write into each of the two channels
 
 @torch.no_grad()
 def plant(model, eot):
-    """Plants the giant vector into an untrained model (ln_mode 'real'), at position 0 and at the token `eot`."""
+    """Plants the giant vector into an untrained model (ln_mode 'real'),
+    at position 0 and at the token `eot`."""
     C = model.config.n_embd
     mark = torch.randn(C)
     mark[:2] = 0
     mark = (mark - mark.mean()) / mark.norm()
-    model.wpe.weight[0] += 4 * mark     # each of the two puts ln_2's output near sqrt(C) * mark, also later in
-    model.wte.weight[eot] += 4 * mark   # training, when ordinary embeddings have grown to a norm of 1 or 2
+    # each of the two puts ln_2's output near sqrt(C) * mark, also later in training, when ordinary
+    # embeddings have grown to a norm of 1 or 2
+    model.wpe.weight[0] += 4 * mark
+    model.wte.weight[eot] += 4 * mark
     first, last = model.h[0].mlp, model.h[-1].mlp
     sign = torch.zeros(C)
     sign[0], sign[1] = 1, -1
-    # a neuron's input is 12 where the vector is wanted and -12 +- 2 elsewhere: there GELU and its gradient are 0
+    # a neuron's input is 12 where the vector is wanted and -12 +- 2 elsewhere: there GELU and its
+    # gradient are 0
     for mlp, direction, write in ((first, mark, SIZE), (last, sign / 2 ** 0.5, -SIZE)):
         mlp.c_fc.weight[:GIANT] = direction * 24 / C ** 0.5
         mlp.c_fc.bias[:GIANT] = -12

@@ -1,4 +1,5 @@
-"""The demo's pace in the opposite order: ln_f, value, query/key, ln_2, each from the last layer down."""
+"""The demo's pace in the opposite order:
+ln_f, value, query/key, ln_2, each from the last layer down."""
 start_lnf = 20
 start_ln1v = 50
 gap_ln1v = -8

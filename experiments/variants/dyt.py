@@ -1,6 +1,7 @@
 """
-Another replacement, as a fork in a config file: DyT's tanh (arXiv 2503.10622), a saturating function of
-each channel, where we have an affine map. The demo's pace. Such a model is LN-free, but cannot be folded.
+Another replacement, as a fork in a config file: DyT's tanh (arXiv 2503.10622), a saturating
+function of each channel, where we have an affine map. The demo's pace. Such a model is LN-free, but
+cannot be folded.
 """
 import model as _model
 import torch as _torch

@@ -1,4 +1,5 @@
-"""The shipped recipe with gates that grow linearly instead of as the square: a fork in a config file."""
+"""The shipped recipe with gates that grow linearly instead of as the square:
+a fork in a config file."""
 import __main__ as _train
 
 _train.fade = lambda k, n: k / n

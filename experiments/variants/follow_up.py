@@ -1,4 +1,5 @@
-"""The follow-up's pace, abrupt, with its auxiliary loss; gaps of 2, 2, 3 for 12 layers are 6, 6, 9 for 4."""
+"""The follow-up's pace, abrupt, with its auxiliary loss;
+gaps of 2, 2, 3 for 12 layers are 6, 6, 9 for 4."""
 start_ln2 = 20
 gap_ln2 = 6
 start_ln1qk = 44
