@@ -233,6 +233,9 @@ def main(argv):
             probe(o.json)
         t0 = time.time()
         all_rows = rows(questions, tokenizer.encode, model.config.block_size)
+        top = max(row.max() for row, _, _ in all_rows)
+        check(top < model.config.vocab_size, f"the tokenizer of {source} gives token {top}; the "
+                                             f"model has {model.config.vocab_size} tokens")
         # the logits of so many tokens take 0.8 GB on the CPU, 3.3 GB on a GPU
         sums = score(model, all_rows, device, 4096 if device == 'cpu' else 16384)
     finally:

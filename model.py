@@ -40,7 +40,7 @@ class GPT2Config:
     ln_mode: str = 'real'   # LayerNorm; 'fake': with gates and constants; 'none': folded away
     layer_norm_epsilon: float = 1e-5
     tie_word_embeddings: bool = True    # lm_head shares wte's weight; folding unties it
-    eot_token_id: int | None = None     # end-of-text; None: the last token, as in GPT-2
+    eot_token_id: int | None = None     # end-of-text; None: GPT-2's, or the last token
     hf: dict = field(default_factory=dict)  # the rest of the config.json it came from
 
     def __post_init__(self):
@@ -56,7 +56,8 @@ class GPT2Config:
             check(good, f"{name} is {getattr(self, name)!r}; expected {expected}")
         self.tie_word_embeddings &= self.ln_mode != 'none'
         if self.eot_token_id is None:
-            self.eot_token_id = self.vocab_size - 1
+            padded = 50257 < self.vocab_size < 50257 + 128      # some pad GPT-2's vocabulary
+            self.eot_token_id = 50256 if padded else self.vocab_size - 1
 
 # -----------------------------------------------------------------------------
 # The LayerNorm switch.
@@ -355,7 +356,7 @@ class GPT2(nn.Module):
     # names, which are ours, with a block's four projections transposed (there Conv1D, here Linear).
 
     CONV1D = re.compile(r'(c_attn|c_proj|c_fc)\.weight$')
-    PREFIXES = re.compile(r'^(module\.|_orig_mod\.|transformer\.)+')   # wrappers' names
+    PREFIXES = re.compile(r'^((module|_orig_mod|transformer)\.)+|\b_orig_mod\.')   # wrappers' names
 
     @classmethod
     def from_pretrained(cls, name_or_dir, ln_mode=None, dropout=0.0):
@@ -375,7 +376,8 @@ class GPT2(nn.Module):
               for k, v in sd.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
         if args['tie_word_embeddings']:     # stored under either name, or both
             both = [sd[k] for k in ('wte.weight', 'lm_head.weight') if k in sd]
-            check(both and both[0].shape == both[-1].shape and torch.equal(both[0], both[-1]),
+            check(both, f"{folder}: the weights lack wte.weight; they begin with {[*sd][:2]}")
+            check(both[0].shape == both[-1].shape and torch.equal(both[0], both[-1]),
                   f"{folder}: config.json ties wte.weight to lm_head.weight; expected one matrix")
             sd['wte.weight'] = sd['lm_head.weight'] = both[0]
         return cls.from_state(args, sd, folder, ln_mode, dropout)
@@ -397,7 +399,8 @@ class GPT2(nn.Module):
         if want == 'none' and here != 'real':
             return model.fold_ln()
         as_real = here == 'real' or here == 'fake' and not any(model.sites().values())
-        check(as_real and want != 'none', f"{source} is {here!r} and cannot become {want!r}")
+        why = "LayerNorm still divides there" if want == 'none' else "its LayerNorm is gone"
+        check(as_real and want != 'none', f"{source} cannot become {want!r}, for {why}")
         model.config = replace(config, ln_mode=want)
         for name, ln in model.layernorms().items():     # what is not LayerNorm's own begins fresh
             new = LayerNorm(model.config, ln.sides)
@@ -481,7 +484,8 @@ def local_folder(name):
     try:
         wanted = ['config.json', *COMPANIONS, 'model*.safetensors*']
         folder = snapshot_download(name, allow_patterns=wanted)
-        if not any('.safetensors' in f for f in os.listdir(folder)):
+        there = os.listdir(folder) if os.path.isdir(folder) else []
+        if not any('.safetensors' in f for f in there):
             folder = snapshot_download(name, allow_patterns=wanted + ['pytorch_model*.bin*'])
         return folder
     except Exception as e:      # the many ways of not being there: offline, unknown, private
@@ -518,7 +522,11 @@ def _read_weights(folder):
     for stem, ending in (('model', '.safetensors'), ('pytorch_model', '.bin')):
         whole, sd = Path(folder, stem + ending), {}
         try:
-            for part in [whole] if whole.exists() else Path(folder).glob(f'{stem}-*{ending}'):
+            index, parts = Path(f'{whole}.index.json'), Path(folder).glob(f'{stem}-*{ending}')
+            if index.exists():      # shards of an older model may lie beside
+                names = {*json.loads(index.read_bytes())['weight_map'].values()}
+                parts = [Path(folder, name) for name in names]
+            for part in [whole] if whole.exists() else parts:
                 safe = ending == '.safetensors'
                 sd |= load_file(part) if safe else torch.load(part, 'cpu', weights_only=True)
             check(all(torch.is_tensor(v) for v in sd.values()), "expected {name: tensor}")
@@ -538,7 +546,7 @@ def write(path, content):
     tmp = path + '.partial'
     try:
         content(tmp) if callable(content) else Path(tmp).write_bytes(content)
-        with open(tmp, 'rb') as f:
+        with open(tmp, 'r+b') as f:     # Windows syncs only what may be written
             try:
                 os.fsync(f.fileno())    # on the disk before it has the name
             except OSError as e:        # some file systems have no fsync
@@ -604,13 +612,13 @@ def trouble(e):
     full = "out of memory|ALLOC_FAILED|can't allocate memory|not enough memory"
     memory = isinstance(e, RuntimeError) and re.search(full, str(e))
     if memory or isinstance(e, (MemoryError, torch.OutOfMemoryError)):
-        return (f"out of memory ({text[:120]}): try a smaller --batch_size, or "
+        return (f"out of memory ({text[:120]}): train.py takes less with a smaller --batch_size or "
                 f"--gradient_checkpointing=True")
     if type(e).__module__.startswith(('torch._inductor', 'torch._dynamo')):
         return (f"torch.compile failed ({text}): type --compile=False. It needs a C++ compiler "
                 f"and a model that is one graph")
     if isinstance(e, RuntimeError) and re.search('closed by peer|gloo|NCCL', text):
-        return "lost the other processes of this run; the one that failed says why"
+        return f"lost the other processes of this run; the one that failed says why ({text})"
     if isinstance(e, OSError):
         return f"{e.strerror or text}{f': {e.filename}' if e.filename else ''}"
     return "interrupted" if isinstance(e, KeyboardInterrupt) else None
@@ -640,7 +648,7 @@ def command(main):
 def main(argv):
     flags = {a for a in argv if a.startswith('--')}
     names = [os.path.expanduser(a) for a in argv if a not in flags]
-    check(len(names) == 2 and flags <= {'--folded', '--float16'},
+    check(len(names) == 2 and all(names) and flags <= {'--folded', '--float16'},
           f"got {' '.join(argv)}; expected MODEL FOLDER [--folded] [--float16]")
     source, folder = names
     check(not os.path.exists(folder), f"{folder} exists: choose another name, or move it away")

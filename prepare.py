@@ -130,15 +130,16 @@ class ModelTokenizer(Bytes):
 
     def __init__(self, name, files):
         self.name = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
-        self.files, self.table, self.eot = files, vocabulary(files), end_of_text(name)
+        self.files, self.table = files, vocabulary(files)
+        self.eot = end_of_text(name, files, self.table)
         self.vocab_size = max(self.table.values()) + 1
         check(self.vocab_size <= LIMIT,
               f"{name} has {self.vocab_size} tokens; expected at most {LIMIT}")
         words = {i: token for token, i in self.table.items()}
-        check(self.eot in words, f"the tokenizer of {name} lacks its eos_token_id, {self.eot}")
+        check(self.eot in words, f"the tokenizer of {name} has no token {self.eot}, its "
+                                 f"end-of-text: put the right eos_token_id into its config.json")
         self.eot_text = words[self.eot]
-        check('tokenizer.json' in files, f"{name} has no tokenizer.json: transformers writes it by "
-                                         f"AutoTokenizer.from_pretrained and save_pretrained")
+        check('tokenizer.json' in files, f"{name} has no tokenizer.json: {MAKE_ONE}")
         try:
             from tokenizers import Tokenizer
             self.bpe = Tokenizer.from_str(files['tokenizer.json'].decode('utf-8-sig'))
@@ -179,6 +180,9 @@ class Unknown(Bytes):
 KNOWN = {fingerprint(Bytes().vocab(), LIMIT): Bytes, '08f8f6dd8cd5c8a2': GPT2BPE}
 
 
+MAKE_ONE = "transformers writes it by AutoTokenizer.from_pretrained and save_pretrained"
+
+
 def vocabulary(files):
     """{token: id} of a model's tokenizer files {name: bytes}; None if they hold none."""
     try:
@@ -189,25 +193,37 @@ def vocabulary(files):
                 table = {token: i for i, (token, _) in enumerate(table)}
             return table | {a['content']: a['id'] for a in added}
         tables = [json.loads(files.get(name, '{}')) for name in ('vocab.json', 'added_tokens.json')]
+        others = [name for name in files if name.endswith(('.model', 'vocab.txt'))]
+        check(tables[0] or not others, f"the model's tokenizer is {others}, and there is no "
+                                       f"tokenizer.json: {MAKE_ONE}")
         return tables[0] | tables[1] or None
+    except UserError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"the model's tokenizer files are damaged ({type(e).__name__}: {e})")
 
 
-def end_of_text(model):
-    """A model's end-of-text: of a run, or eos_token_id as transformers reads it, a list's first."""
+def end_of_text(model, files, table):
+    """A model's end-of-text: of a run, or eos_token_id as transformers reads it, a list's first;
+    or, where its tokenizer lacks that, the eos_token of the tokenizer's own config."""
     path = os.path.join(model, 'ckpt.pt')
     if os.path.exists(path):
         import torch
         return torch.load(path, 'cpu', weights_only=True, mmap=True)['model_args']['eot_token_id']
-    with open(os.path.join(local_folder(model), 'config.json'), 'rb') as f:
-        eos = json.load(f).get('eos_token_id', 50256)
-    return eos[0] if isinstance(eos, list) and eos else eos
+    path, eos = os.path.join(local_folder(model), 'config.json'), None
+    if os.path.exists(path):        # there are folders of a tokenizer alone
+        with open(path, 'rb') as f:
+            eos = json.load(f).get('eos_token_id', 50256)
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    token = json.loads(files.get('tokenizer_config.json', '{}')).get('eos_token')
+    token = token['content'] if isinstance(token, dict) else token
+    return eos if eos in table.values() else table.get(token, eos)
 
 
 def get_tokenizer(name):
     """'gpt2', 'bytes' or a model's folder or hub id -> its tokenizer: name, vocab_size, eot and
     encode(text) -> uint16 array, decode(ids) -> text, vocab() -> {token: id}."""
+    check(name not in (None, 'unknown', 'characters'), f"nobody knows the tokenizer ({name})")
     if name in ('gpt2', 'bytes'):
         return GPT2BPE() if name == 'gpt2' else Bytes()
     name = os.path.expanduser(name)
@@ -215,7 +231,8 @@ def get_tokenizer(name):
     table = vocabulary(files)
     check(table, f"{name} brings no tokenizer.json or vocab.json: type --tokenizer=gpt2 or bytes")
     known = KNOWN.get(fingerprint(table, LIMIT))
-    return known() if known and known.eot == end_of_text(name) else ModelTokenizer(name, files)
+    same = known and known.eot == end_of_text(name, files, table)
+    return known() if same else ModelTokenizer(name, files)
 
 
 def tokenizer_files(tokenizer, block_size):
@@ -335,8 +352,10 @@ def file_documents(path, column, found):
             raise
         problem = e
         if isinstance(e, UnicodeError):
-            problem = UserError(f"{path} is not UTF-8 text: if its encoding is another, convert it "
-                                f"with iconv -f ENCODING -t UTF-8 {path}")
+            text = endings(path)[0] in ('', *FILES)
+            problem = UserError(f"{path} is not UTF-8 text: " + (
+                f"if its encoding is another, type iconv -f ENCODING -t UTF-8 {path}" if text else
+                f"expected {' '.join(FILES)}, alone or with {' '.join(COMPRESSED)}; unpack it"))
         elif not isinstance(e, UserError):
             problem = UserError(f"{path}, row {done + 1} is damaged ({one_line(e)})")
     if done or not found:
@@ -386,7 +405,7 @@ def hub_rows(name, config, split):
     except UserError:
         raise
     except Exception as e:      # offline, unknown, private: each library has its own exceptions
-        why = one_line(e, 3000)     # it lists the choices
+        why = one_line(e, 30000)    # it lists the choices
         check(not n, f"lost {name} after {n:,} rows ({why}): type the same command again")
         raise UserError(f"{name} is no file, no preset ({', '.join(PRESETS)}) and no hub dataset, "
                         f"or needs another --config= or --split= ({why})")
@@ -473,7 +492,7 @@ def complete_or_nothing(folder, names):
     # links are followed first: a rename cannot move a file to another disk
     paths = [os.path.realpath(os.path.join(folder, name)) for name in names]
     made = not os.path.isdir(folder)
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(os.path.realpath(folder), exist_ok=True)
     try:
         with contextlib.ExitStack() as stack:
             yield [stack.enter_context(open(path + '.partial', 'w+b')) for path in paths]
@@ -519,7 +538,7 @@ def write_bins(items, o, tokenizer, files, bar):
                   f"{found.largest}; {tokenizer.name} ends at {tokenizer.vocab_size - 1}")
         if total + 1 >= most or as_they_are and total + len(ids) > most:
             break
-        found.notes['times <|endoftext|> was written in a text, as ordinary text'] += written or 0
+        found.notes[f'times {tokenizer.eot_text} was written in a text, as text'] += written or 0
         found.notes['empty documents, kept as an end-of-text each'] += not len(ids)
         if o.windows:
             found.window = found.window or len(ids)
@@ -616,6 +635,9 @@ def read_options(argv):
     for s in o.sources:
         hub = re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', s) and endings(s)[0] not in FILES
         check(os.path.exists(s) or hub, f"no such file: {s}")
+    local = [s for s in o.sources if os.path.exists(s)]
+    check(not local or not (o.config or o.split), f"--config and --split are for the hub's "
+          f"datasets: name the files of {' '.join(local)} that you want")
     given = o.val_fraction
     preset = PRESETS.get('' if os.path.exists(o.sources[0]) else o.sources[0], (None, 0.01, False))
     o.val_fraction = preset[1] if given is None else given

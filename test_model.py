@@ -141,6 +141,8 @@ def test_logits_equal_transformers_in_both_directions(shape, tmp_path):
         n_head=shape['n_head'], n_layer=shape['n_layer'], initializer_range=0.2)
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path / 'theirs', max_shard_size='20KB')     # in shards, as GPT-2 XL
+    stale = {'transformer.wte.weight': torch.zeros_like(ours.wte.weight)}
+    model.save_file(stale, tmp_path / 'theirs/model-00009-of-00009.safetensors')    # in no index
     ours = GPT2.from_pretrained(str(tmp_path / 'theirs')).eval()
     assert difference(theirs(idx).logits, ours(idx)[0]) < 1e-5
     assert ours.lm_head.weight is ours.wte.weight
@@ -1043,6 +1045,11 @@ def test_a_models_own_tokenizer_is_used_and_handed_on(folder, capsys):
     own = Path('german/tokenizer.json').read_bytes()
     assert Path('bare_run/hf/tokenizer.json').read_bytes() == own
     assert not os.path.exists('bare_run/hf/vocab.json')
+    # a folder of a tokenizer alone
+    os.makedirs('alone')
+    Path('alone/tokenizer.json').write_bytes(own)
+    Path('alone/tokenizer_config.json').write_text('{"eos_token": {"content": "</s>"}}')
+    assert prepare.get_tokenizer('alone').eot == 0
     # data of another tokenizer is refused, in training and evaluation
     prepare.main(['t.txt', '--tokenizer=bytes', '--name=other'])
     meta = json.loads(Path('data/other/meta.json').read_text())
@@ -1057,6 +1064,7 @@ def test_gpt2_with_added_tokens_takes_gpt2s_data():
     vocab = bpe.vocab() | {'<pad>': 50257, '<user>': 50258}
     assert prepare.fingerprint(vocab, 50257) == prepare.fingerprint(bpe.vocab(), 50257)
     assert prepare.KNOWN[prepare.fingerprint(bpe.vocab(), 65536)] is prepare.GPT2BPE
+    assert GPT2Config(vocab_size=50304).eot_token_id == 50256
     swapped = vocab | {'the': vocab['Ġthe'], 'Ġthe': vocab['the']}
     assert prepare.fingerprint(swapped, 50257) != prepare.fingerprint(bpe.vocab(), 50257)
 
@@ -1395,6 +1403,7 @@ def broken(workspace):
     model.save_checkpoint('infinite', infinite)
     random_model(vocab_size=300).save_pretrained('odd_vocab')
     Path('words.txt').write_text('some words')
+    np.save('array.npy', np.arange(999))
     Path('void.txt').write_text('')
     Path('bad.jsonl').write_text('{"text": "fine"}\n{"text": 3}\n')
     good = json.dumps(question())
@@ -1426,7 +1435,7 @@ CASES = [
     (train, [*NEW, '--learning_rate=1e-5'], '6e-05'),
     (train, [*NEW, '--warmup_iters=7', '--max_iters=6'], 'warmup_iters=7'),
     (train, [*NEW, '--lr_decay_iters=2'], 'lr_decay_iters=2'),
-    (train, [*NEW, '--dataset=nothing'], 'prepare.py nothing'),
+    (train, [*NEW, '--dataset=nothing'], '--name=nothing'),
     (train, [*NEW, '--dataset=odd'], 'data/odd/train.bin'),
     (train, [*NEW, '--dataset=grown'], 'data/grown/train.bin'),
     (train, [*NEW, '--dataset=strange'], 'data/strange'),
@@ -1452,6 +1461,7 @@ CASES = [
              '--warmup_iters=1'], 'nolog/log.jsonl'),
     (train, [*TINY, '--out_dir=empty', '--init_from=resume'], 'empty/ckpt.pt'),
     (train, [*TINY, '--out_dir=run'], '--init_from=resume'),
+    (train, [*TINY, '--out_dir=run', '--init_from=resume', '--eval_iters=5'], 'windows'),
     (train, [*TINY, '--out_dir=words.txt/x'], 'words.txt'),
     (train, [*TINY, '--out_dir=busy'], 'busy'),
     (train, [*NEW, '--control=empty'], 'empty/log.jsonl'),
@@ -1469,6 +1479,8 @@ CASES = [
     (prepare, ['words.txt', '--tokenizer=bytes', '--max_tokens=1e6'], '1e6'),
     (prepare, ['words.txt', '--tokenizer=bytes', '--name=../words'], '../words'),
     (prepare, ['words.txt', '--max_token=9'], '--max_token=9'),
+    (prepare, ['words.txt', '--tokenizer=bytes', '--split=train'], 'words.txt'),
+    (prepare, ['array.npy', '--tokenizer=bytes'], '.parquet'),
     (eval_hellaswag, ['run', '--data=nothing.jsonl'], 'nothing.jsonl'),
     (eval_hellaswag, ['run', '--data=void.txt'], 'void.txt'),
     *[(eval_hellaswag, ['run', f'--data={name}.jsonl'], 'line 2')
@@ -1478,7 +1490,7 @@ CASES = [
     (eval_hellaswag, ['run', '--data=good.jsonl', '--limit=0'], '--limit=0'),
     (eval_hellaswag, ['run', '--data=good.jsonl', '--json=words.txt/x.json'], 'words.txt'),
     (model, ['run', 'model'], 'model exists'),
-    (model, ['run', 'folded', '--folded'], "'real'"),
+    (model, ['run', 'folded', '--folded'], 'LayerNorm'),
 ]
 
 

@@ -73,7 +73,7 @@ class Config:
     dropout: float = 0.0
     ln_mode: str = 'real'           # 'real' or 'none'; remove_ln makes it 'fake'
     # batch
-    batch_size: int = 12            # sequences of a micro-step on one process; changes no loss
+    batch_size: int = 12            # sequences of a micro-step on one process: see README
     batch_tokens: int = 480 * 1024  # tokens of an iteration, over all processes and micro-steps
     seed: int = 1337
     # AdamW, warm-up, cosine
@@ -148,7 +148,7 @@ def load_config(argv):
         known = {name: f.default for name, f in keys.items()} | given
         found = {'__file__': os.path.abspath(arg), **known}
         try:
-            with open(arg, encoding='utf-8') as f:
+            with open(arg, encoding='utf-8-sig') as f:
                 exec(compile(f.read(), arg, 'exec'), found)
         except Exception as e:      # it is a program, and may fail in any way
             raise UserError(f"{arg}: {type(e).__name__}: {one_line(e)}")
@@ -161,7 +161,8 @@ def load_config(argv):
 
 LIMITS = [(1, math.inf, 'eval_interval log_interval n_layer n_head n_embd block_size batch_size '
                         'batch_tokens max_iters'),
-          (0, math.inf, 'eval_iters seed warmup_iters lr_decay_iters taper_iters learning_rate '
+          (0, 2 ** 63, 'seed'),
+          (0, math.inf, 'eval_iters warmup_iters lr_decay_iters taper_iters learning_rate '
                         'min_lr weight_decay grad_clip aux_loss_weight guard_nats guard_patience'),
           (0, 65537, 'vocab_size'),     # token ids are uint16
           (0, 1, 'dropout beta1 beta2'),
@@ -603,8 +604,8 @@ def main(argv):
             signal.signal(number, ask_to_stop)
         train(cfg, given)
     except UserError:
-        # what every rank finds, before the group is there, rank 0 tells
-        if RANK > 0 and not dist.is_initialized():
+        # what every rank finds, before the group is there, the first of each machine tells
+        if LOCAL_RANK > 0 and not dist.is_initialized():
             sys.exit(2)
         raise
     finally:
@@ -626,7 +627,10 @@ def start_machine(cfg):
     if WORLD > 1:
         # a worker that torchrun --max_restarts starts anew would find dead ones' addresses in the
         # store (github.com/pytorch/pytorch/issues/135712): a prefix keeps the generations apart
-        store, rank, world = next(dist.rendezvous('env://'))
+        try:
+            store, rank, world = next(dist.rendezvous('env://'))
+        except (ValueError, RuntimeError) as e:
+            raise UserError(f"found no other processes ({one_line(e)}): start it with torchrun")
         again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
         dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', rank=rank,
                                 store=dist.PrefixStore(again, store), world_size=world)
@@ -721,6 +725,8 @@ def load_model(cfg, given, data):
                                 cfg.dropout, mode or cfg.ln_mode))
         files = data.tokenizer_files()
         fit_to_data(model, data, files, source)
+        if 'eot' in data.meta and data.meta['eot'] is None:     # these tokens have no end-of-text
+            model.config.hf = {'bos_token_id': None, 'eos_token_id': None}
         return model, None, files
     if source == 'resume':
         source, ckpt = cfg.out_dir, load_checkpoint(cfg.out_dir)
@@ -767,11 +773,15 @@ def check_resume(r, ckpt):
     size = os.path.getsize(r.log_path) if os.path.exists(r.log_path) else 0
     check(size >= r.log_bytes, f"{r.log_path} is shorter than when ckpt.pt was written: put it "
                                f"back, or begin another run with --init_from={cfg.out_dir}")
+    with open(r.log_path) as f:
+        entries = [json.loads(line) for line in f.read(r.log_bytes).splitlines()]
+    first = next(e['on'] for e in entries if e['event'] == 'eval')
+    check({**first, 'dataset': cfg.dataset} == r.identity, f"this run is evaluated on {first}, not "
+          f"on {r.identity}: put the data and eval_iters back, or begin another run with "
+          f"--init_from={cfg.out_dir}")
     for key, value in asdict(old).items():
         if value != getattr(cfg, key) and key not in ('init_from', 'out_dir'):
             print0(f"note: {key} was {value!r} in the checkpoint, now it is {getattr(cfg, key)!r}")
-    with open(r.log_path) as f:
-        entries = [json.loads(line) for line in f.read(r.log_bytes).splitlines()]
     return [(e['iter'], e['loss']) for e in entries if e['event'] == 'train']
 
 
@@ -779,7 +789,7 @@ def claim_out_dir(r):
     """On rank 0: makes sure, before the work, that out_dir can be written, and begins to write."""
     out_dir, need = r.cfg.out_dir, 40 * r.raw.num_params()  # two checkpoints with moments, and hf/
     r.wandb = start_wandb(r.cfg) if r.cfg.wandb_log else None
-    os.makedirs(out_dir, exist_ok=True)
+    os.makedirs(os.path.realpath(out_dir), exist_ok=True)      # also where a link leads nowhere
     r.lock = open(os.path.join(out_dir, '.lock'), 'w')
     try:
         if fcntl:           # the system lets go of the lock however this process ends
@@ -788,8 +798,9 @@ def claim_out_dir(r):
         raise UserError(f"another run is writing to {out_dir}: choose another --out_dir, or wait")
     except OSError as e:    # some file systems have no locks
         print0(f"note: {out_dir} cannot be locked ({e.strerror}): let no other run write there")
-    free = shutil.disk_usage(out_dir).free
-    check(free > need, f"{out_dir} has {free / 1e9:.1f} GB left, this run needs {need / 1e9:.1f}")
+    disk = shutil.disk_usage(out_dir)       # some file systems say 0 of 0
+    check(disk.free > need or not disk.total,
+          f"{out_dir} has {disk.free / 1e9:.1f} GB left, this run needs {need / 1e9:.1f}")
     probe(r.log_path)
     if os.path.exists(r.log_path) and not r.resumed:    # a run that never saved, of another model
         shutil.rmtree(os.path.join(out_dir, 'tokenizer'), ignore_errors=True)
@@ -827,7 +838,11 @@ def log(r, **entry):
         f.write(json.dumps(entry) + '\n')
     if r.wandb:
         values = {f"{entry['event']}/{k}": v for k, v in entry.items() if type(v) in (int, float)}
-        r.wandb.log(values, step=entry['iter'])
+        try:
+            r.wandb.log(values, step=entry['iter'])
+        except Exception as e:      # a network that fails at night must not end the run
+            print0(f"note: wandb failed, and is left alone from now on ({one_line(e)})")
+            r.wandb = None
 
 
 # dense bf16 peaks in FLOPs a second, by the datasheets

@@ -67,6 +67,7 @@ def table(found, tokens):
         high = np.flatnonzero(smooth >= 0.05)
         until = 0 if not len(high) else high[-1] + 20               # from then on it stays below
         when = 'not reached' if until >= len(mean) else f'{(until + 1) * tokens / 1e3:.0f}k'
+        when = when if until else 'never above'
         at = np.unravel_index(differences.argmax(), differences.shape)[1]
         rows.append(f'| {name} | {n} | {gaps.mean():+.4f}{error} | '
                     f'{differences.max():+.2f} at {at} | {(gaps < 0.1).sum()} of {n} | {when} |')
