@@ -246,7 +246,7 @@ def test_the_epsilon_convention_round_trip(tmp_path):
         assert difference(theirs(IDX).logits, fake(IDX)[0]) < 1e-4
         again = GPT2.from_pretrained(str(tmp_path / name)).eval()
         assert again.config.ln_mode == 'none' and difference(again(IDX)[0], fake(IDX)[0]) < 1e-4
-        with pytest.raises(UserError, match='without LayerNorm'):
+        with pytest.raises(UserError, match='LayerNorm is gone'):
             GPT2.from_pretrained(str(tmp_path / name), 'fake')
 
 
