@@ -105,4 +105,5 @@ if __name__ == '__main__':
     tokens = last['tokens'] / last['iter']
     print(table(found, tokens))
     if len(sys.argv) == 3:
-        picture(sys.argv[2], found, ['paper_text', 'fade_0', 'shipped', 'demo'], tokens)
+        names = ['paper_text', 'fade_0', 'shipped', 'demo', 'follow_up_faded']
+        picture(sys.argv[2], found, names, tokens)
