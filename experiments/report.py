@@ -105,5 +105,5 @@ if __name__ == '__main__':
     tokens = last['tokens'] / last['iter']
     print(table(found, tokens))
     if len(sys.argv) == 3:
-        names = ['paper_text', 'fade_0', 'shipped', 'demo', 'follow_up_faded']
+        names = ['paper_text', 'fade_0', 'no_aux', 'shipped', 'follow_up_faded']
         picture(sys.argv[2], found, names, tokens)

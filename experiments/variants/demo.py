@@ -1,4 +1,4 @@
-"""config/demo_remove_ln.py's pace, with the shipped recipe: all sites gone after 120 iterations."""
+"""config/demo_remove_ln.py's pace: all sites gone after 120 iterations."""
 start_ln2 = 20
 gap_ln2 = 6
 start_ln1qk = 44

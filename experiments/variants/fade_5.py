@@ -1,2 +1,2 @@
-"""The shipped recipe, faded over 5 iterations."""
+"""no_aux.py, faded over 5 iterations."""
 taper_iters = 5

@@ -1,3 +1,3 @@
-"""The shipped recipe, faded over 50 iterations:
+"""no_aux.py, faded over 50 iterations:
 the last site is complete 3 iterations before the end."""
 taper_iters = 50

@@ -1,4 +1,4 @@
-"""The shipped recipe with gates that grow linearly instead of as the square:
+"""no_aux.py with gates that grow linearly instead of as the square:
 a fork in a config file."""
 import __main__ as _train
 

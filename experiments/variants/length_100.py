@@ -1,4 +1,4 @@
-"""The shipped recipe in 100 iterations: all of base.py's numbers times 0.25."""
+"""no_aux.py in 100 iterations: all of base.py's numbers times 0.25."""
 max_iters = eval_interval = 100
 warmup_iters = 8
 lr_decay_iters = 167

@@ -1,4 +1,4 @@
-"""The shipped recipe in 200 iterations: all of base.py's numbers times 0.5."""
+"""no_aux.py in 200 iterations: all of base.py's numbers times 0.5."""
 max_iters = eval_interval = 200
 warmup_iters = 16
 lr_decay_iters = 334

@@ -1,4 +1,4 @@
-"""The shipped recipe in 800 iterations: all of base.py's numbers times 2."""
+"""no_aux.py in 800 iterations: all of base.py's numbers times 2."""
 max_iters = eval_interval = 800
 warmup_iters = 66
 lr_decay_iters = 1334

@@ -1,1 +1,2 @@
-"""config/remove_ln.py: one constant for all tokens, each site fades over 20 iterations."""
+"""config/remove_ln.py: one constant, each site fades over 20 iterations, the auxiliary loss."""
+aux_loss_weight = 0.1

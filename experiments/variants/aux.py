@@ -1,2 +1,0 @@
-"""The shipped recipe with the follow-up's auxiliary loss."""
-aux_loss_weight = 0.1
