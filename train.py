@@ -775,7 +775,7 @@ def check_resume(r, ckpt):
                                f"back, or begin another run with --init_from={cfg.out_dir}")
     with open(r.log_path) as f:
         entries = [json.loads(line) for line in f.read(r.log_bytes).splitlines()]
-    first = next(e['on'] for e in entries if e['event'] == 'eval')
+    first = next(e.get('on', {}) for e in entries if e['event'] == 'eval')
     check({**first, 'dataset': cfg.dataset} == r.identity, f"this run is evaluated on {first}, not "
           f"on {r.identity}: put the data and eval_iters back, or begin another run with "
           f"--init_from={cfg.out_dir}")
