@@ -249,8 +249,9 @@ def measure(evaluator, model, batches):
 def fade(k, n):
     """How far a gate or a merge is after k of the n iterations that it takes: from 0 to 1.
 
-    A gate g multiplies what a giant vector of r times the ordinary std feeds by 1 + (r - 1) g. A
-    linear one would do most of this in its first iteration; the square lets the model keep up.
+    A gate g multiplies what a giant vector of r times the ordinary std feeds by 1 + (r - 1) g. The
+    first iteration of a linear gate is by far its steepest: a factor of 3 for r = 42, n = 20. The
+    square has none above 1.4.
     """
     return (k / n) ** 2
 

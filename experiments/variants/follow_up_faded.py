@@ -1,4 +1,4 @@
-"""config/remove_ln_fast.py: the follow-up's pace and auxiliary loss, faded over 20 iterations."""
+"""The pace of the follow-up and its auxiliary loss, faded, at remove_ln.py's learning rates."""
 start_ln2 = 20
 gap_ln2 = 6
 start_ln1qk = 44
