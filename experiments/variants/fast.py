@@ -1,4 +1,4 @@
-"""config/remove_ln_fast.py in all that it sets: 300 iterations and 12 layers brought to 400 and 4."""
+"""config/remove_ln_fast.py in all that it sets, its 300 iterations and 12 layers as 400 and 4."""
 min_lr = 5e-4               # half the peak
 lr_decay_iters = 400
 weight_decay = 0.01
