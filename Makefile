@@ -25,7 +25,7 @@ RUNS := $(foreach s,$(SEEDS),$(VARIANTS:%=out/evidence/%.$s/done))
 
 evidence: out/evidence/pretrained/done
 	-OMP_NUM_THREADS=1 $(MAKE) -k -j$$($(BIN)/python -c 'import os; print(os.cpu_count())') $(RUNS)
-	$(BIN)/python experiments/report.py out/evidence experiments/evidence.png
+	$(BIN)/python experiments/report.py out/evidence out/evidence/evidence.png
 
 out/evidence/pretrained/done: | .venv/ready
 	rm -rf $(@D) out/evidence/standin
