@@ -5,8 +5,8 @@ tokens.
     torchrun --nproc_per_node=8 train.py config/remove_ln.py
     torchrun --nproc_per_node=8 train.py config/remove_ln.py config/control.py      # its control
 
-The paper's text gives position 0 and end-of-text constants of their own, and makes them the ordinary
-ones in one iteration each, at 1060 and 1160; that wrecks a model with GPT-2's giant vector
+The paper's text gives position 0 and end-of-text constants of their own, and makes them the
+ordinary ones in one iteration each, at 1060 and 1160; that wrecks a model with GPT-2's giant vector
 (experiments/README.md). Its code gave position 0 the ordinary constant from the start. We do as its
 code did, for end-of-text too, at the paper's pace, but fade each site over 20 iterations and add
 the follow-up's auxiliary loss, which takes a third off the gap on our stand-in.
