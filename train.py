@@ -15,7 +15,6 @@ a line) and, after a removal, hf/: the LN-free model. The keys are the fields of
 import ast
 import difflib
 import gc
-import glob
 import hashlib
 import json
 import math
@@ -48,7 +47,7 @@ from prepare import PRESETS, fingerprint, get_tokenizer, tokenizer_files, vocabu
 
 RANK, LOCAL_RANK = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
 WORLD = int(os.environ.get('WORLD_SIZE', 1))
-
+RESTARTS = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
 
 @dataclass
 class Config:
@@ -115,7 +114,6 @@ class Config:
         """Micro-batches of an iteration, over all ranks."""
         return self.batch_tokens // (self.batch_size * self.block_size)
 
-
 def load_config(argv):
     """Config files and --key=value, the later one wins -> (Config, the keys that were given).
 
@@ -127,12 +125,11 @@ def load_config(argv):
     def put(where, name, value):
         near = difflib.get_close_matches(name, keys, 1, 0)[0]
         check(name in keys, f"{where}: unknown key {name!r}; did you mean {near!r}?")
-        want, example = keys[name].type, keys[name].default
-        if want is float and type(value) is int:
-            value = float(value)
+        want = keys[name].type
+        value = float(value) if want is float and type(value) is int else value
         right = isinstance(value, want) and not (want is int and type(value) is bool)
         check(right, f"{where}: {name} is {value!r}; expected {getattr(want, '__name__', want)}, "
-                     f"like {name}={example!r}")
+                     f"like {name}={keys[name].default!r}")
         given[name] = os.path.expanduser(value) if want is str else value
 
     for arg in argv:
@@ -144,7 +141,6 @@ def load_config(argv):
                     value = ast.literal_eval(value)
             put(arg, name, value)
             continue
-        check(os.path.exists(arg), f"no config file {arg}; there are: {glob.glob('config/*.py')}")
         known = {name: f.default for name, f in keys.items()} | given
         found = {'__file__': os.path.abspath(arg), **known}
         try:
@@ -158,7 +154,6 @@ def load_config(argv):
                 put(arg, name, value)
     return Config(**given), set(given)
 
-
 LIMITS = [(1, math.inf, 'eval_interval log_interval n_layer n_head n_embd block_size batch_size '
                         'batch_tokens max_iters'),
           (0, 2 ** 63, 'seed'),
@@ -168,19 +163,18 @@ LIMITS = [(1, math.inf, 'eval_interval log_interval n_layer n_head n_embd block_
           (0, 1, 'dropout beta1 beta2'),
           (-1, math.inf, 'start_ln2 start_ln1qk start_ln1v start_lnf start_eot start_bos')]
 
-
 def check_config(cfg):
     """Raises UserError for values out of range, or keys that contradict each other."""
     for low, high, names in LIMITS:
         for name in names.split():
             value = getattr(cfg, name)
             check(low <= value < high, f"{name} is {value}; expected at least {low}, below {high}")
-    devices = {'cpu': True, 'auto': True, 'cuda': torch.cuda.is_available(),
-               'mps': torch.backends.mps.is_available()}
+    devices = ['auto', 'cpu', *['cuda'] * torch.cuda.is_available(),
+               *['mps'] * torch.backends.mps.is_available()]
     for name, good in (('dtype', ['auto', 'float32', 'bfloat16']), ('ln_mode', ['real', 'none']),
-                       ('device', [kind for kind, there in devices.items() if there])):
+                       ('device', devices)):
         value = getattr(cfg, name)
-        check(value.split(':')[0] in good, f"{name} is {value!r}; expected one of {good}, like "
+        check(value.split(':')[0] in good, f"{name} is {value!r}; type one of {good}, like "
                                            f"--{name}={good[0]}")
     if cfg.decay_lr and not cfg.eval_only:
         warmup, end = cfg.warmup_iters, cfg.lr_decay_iters
@@ -206,11 +200,9 @@ def schedule(cfg, n_layer):
     events += [e for e in once if e[0] >= 0]
     return sorted(events, key=lambda e: e[0])
 
-
 def ln_of(site):
     """The LayerNorm of a site: h.0.ln_1.qk -> h.0.ln_1."""
     return site.removesuffix('.qk').removesuffix('.v')
-
 
 def check_schedule(events, cfg, gates):
     """Raises UserError for a schedule that cannot run, or not on a model with these gates."""
@@ -225,7 +217,6 @@ def check_schedule(events, cfg, gates):
         check(gates.get(site) != 1, f"{site} is lost already in init_from={cfg.init_from}")
     for site, gate in gates.items():
         check(gate in (0, 1), f"init_from={cfg.init_from} stopped while {site} faded: resume it")
-
 
 @torch.no_grad()
 def measure(evaluator, model, batches):
@@ -245,7 +236,6 @@ def measure(evaluator, model, batches):
     mean = sums / counts.clamp(min=1)
     return torch.where(counts > 0, mean, mean[:, TOKEN:TOKEN + 1])
 
-
 def fade(k, n):
     """How far a gate or a merge is after k of the n iterations that it takes: from 0 to 1.
 
@@ -254,7 +244,6 @@ def fade(k, n):
     square has none above 1.4.
     """
     return (k / n) ** 2
-
 
 def apply_schedule(events, cfg, it, model, measured):
     """Sets the gates and constants of iteration it -> what to log. Calls measured() if needed."""
@@ -288,9 +277,7 @@ def apply_schedule(events, cfg, it, model, measured):
                 log.append(dict(event=event, iter=it, kind=name))
     return log
 
-
 STEEP = 5       # how much what a token feeds may grow within one iteration, without a warning
-
 
 def warnings_of(events, cfg, ratios):
     """What the schedule will do to a giant vector, told before it happens: a list of lines.
@@ -298,24 +285,24 @@ def warnings_of(events, cfg, ratios):
     ratios: {kind: {LN: r}}. The ordinary constant multiplies what a token with r times the ordinary
     std feeds by r, at once or over the iterations of a fade.
     """
-    def growth(r, n):       # the most in one iteration
-        fed = [1 + (r - 1) * fade(k, n) for k in range(n + 1)]
-        return max(b / a for a, b in zip(fed, fed[1:]))
-    told, n = [], max(cfg.taper_iters, 1)
-    for kind, start in (('bos', cfg.start_bos), ('eot', cfg.start_eot)):
-        # a site removed after the merge meets the ordinary constant then, the others in the merge
-        steps = [(max(when, start), ratios[kind][ln_of(name)], ln_of(name))
-                 for when, event, name in events if event == 'remove' and start >= 0]
-        steps = [s for s in steps if growth(s[1], n) > STEEP]
-        if steps:
-            _, r, ln = max(steps, key=lambda s: s[1])
-            what = 'position 0' if kind == 'bos' else 'end-of-text'
-            told.append(
-                f"warning: at iteration {min(steps)[0]} the schedule multiplies what {what} feeds "
-                f"by up to {growth(r, n):.0f} (its std is {r:.0f} times the ordinary one before "
-                f"{ln}): type --taper_iters={math.ceil((r - 1) / 2)}, or move start_{kind}")
+    n, told = max(cfg.taper_iters, 1), []
+    for kind, start, token in (('bos', cfg.start_bos, 'position 0'),
+                               ('eot', cfg.start_eot, 'end-of-text')):
+        steep = []
+        for when, event, name in events if start >= 0 else ():
+            if event == 'remove':
+                r = ratios[kind][ln_of(name)]
+                fed = [1 + (r - 1) * fade(k, n) for k in range(n + 1)]
+                step = max(b / a for a, b in zip(fed, fed[1:]))
+                # a site removed before the merge meets the ordinary constant only then
+                steep += [(step, max(when, start), r, ln_of(name))] * (step > STEEP)
+        if steep:
+            step, _, r, ln = max(steep)
+            told.append(f"warning: at iteration {min(s[1] for s in steep)} the schedule multiplies "
+                        f"what {token} feeds by up to {step:.0f} (its std is {r:.0f} times the "
+                        f"ordinary one before {ln}): type --taper_iters={math.ceil((r - 1) / 2)}, "
+                        f"or move start_{kind}")
     return told
-
 
 def spread(std, mask):
     """The auxiliary loss: how far std (B, T) is from its mean over the masked tokens, squared.
@@ -330,7 +317,7 @@ def spread(std, mask):
 # Data.
 
 def read_meta(folder):
-    """What prepare.py tells of the bins in a folder; {} if another program wrote them."""
+    """What is known of the bins in a folder; {} if another program wrote them and says nothing."""
     ours, theirs = os.path.join(folder, 'meta.json'), os.path.join(folder, 'meta.pkl')
     try:
         if os.path.exists(ours):
@@ -338,12 +325,10 @@ def read_meta(folder):
                 meta = json.load(f)
             n, eot, window = meta['vocab_size'], meta['eot'], meta.get('window', 2)
             assert 0 < n <= 65536 and (eot is None or 0 <= eot < n) and meta['tokenizer'] + ''
-            assert all(meta[split]['tokens'] >= 0 for split in ('train', 'val'))
-            assert type(window) is int and window > 1
+            assert min(meta[split]['tokens'] for split in ('train', 'val')) >= 0 and window > 1
             return meta
         if os.path.exists(theirs):      # nanoGPT's, of a vocabulary of characters
-            with open(theirs, 'rb') as f:
-                # runs no code: numbers and texts need none
+            with open(theirs, 'rb') as f:   # runs no code: numbers and texts need none
                 plain = type('Plain', (pickle.Unpickler,), {'find_class': None})
                 n = int(plain(f).load()['vocab_size'])
             return {'vocab_size': n, 'eot': None, 'tokenizer': 'characters'}
@@ -351,24 +336,18 @@ def read_meta(folder):
     except Exception as e:      # a damaged file fails in many ways
         raise UserError(f"the meta file in {folder} is not prepare.py's: {one_line(e)}")
 
-
-def how(name):
-    """The arguments with which prepare.py makes data/NAME."""
-    presets = {'stdlib': 'stdlib --tokenizer=bytes',
-               'openwebtext': 'openwebtext --max_tokens=700_000_000'}
-    return presets.get(name, name if name in PRESETS else f'YOUR_FILES --name={name}')
-
-
 class Data:
     """data/NAME/{train,val}.bin, mapped, not read."""
 
     def __init__(self, cfg, device):
-        self.cfg, self.device, self.dir = cfg, device, os.path.join('data', cfg.dataset)
-        check(os.path.isdir(self.dir), f"no {self.dir}: type python prepare.py {how(cfg.dataset)}")
+        self.cfg, self.device, name = cfg, device, cfg.dataset
+        self.dir = os.path.join('data', name)
+        self.missing = f"type python prepare.py {name if name in PRESETS else f'... --name={name}'}"
+        check(os.path.isdir(self.dir), f"no {self.dir}: {self.missing}")
         self.meta = read_meta(self.dir)
         self.tokenizer = self.meta.get('tokenizer')
-        self.proven = False     # that the tokenizer is the model's own: see fit_to_data
         self.noun = 'byte' if self.tokenizer == 'bytes' else 'token'
+        self.proven = False     # that the tokenizer is the model's own: see fit_to_data
 
     def tokenizer_files(self):
         """{name: bytes} of the model's tokenizer with which prepare.py wrote the data, if so."""
@@ -377,39 +356,35 @@ class Data:
 
     def open(self, vocab_size, splits):
         """Maps the splits, for a model with vocab_size tokens. UserError if they do not fit."""
-        n, T = self.meta.get('vocab_size', vocab_size), self.cfg.block_size
-        self.vocab_size = vocab_size
+        n, T, self.vocab_size = self.meta.get('vocab_size', 0), self.cfg.block_size, vocab_size
         # some pad the vocabulary to a multiple of 64 or 128, or add tokens of their own
-        fits = n <= vocab_size and (vocab_size < n + 128 or self.tokenizer == 'unknown')
-        check(fits or self.proven,
-              f"{self.dir} has {n} tokens (tokenizer {self.tokenizer}), the model {vocab_size}: "
-              f"prepare it with the model's own, prepare.py ... --tokenizer=MODEL")
+        fits = not n or n <= vocab_size and (vocab_size < n + 128 or self.tokenizer == 'unknown')
+        check(fits or self.proven, f"{self.dir} has {n} tokens ({self.tokenizer}), the model "
+                                   f"{vocab_size}: type prepare.py ... --tokenizer=MODEL")
         for split in splits:
             path = os.path.join(self.dir, f'{split}.bin')
-            check(os.path.exists(path), f"no {path}: type python prepare.py "
-                                        f"{how(self.cfg.dataset)}")
+            check(os.path.exists(path), f"no {path}: {self.missing}")
             n = os.path.getsize(path) / 2
             want = self.meta.get(split, {}).get('tokens', n // 1)
             check(n == want, f"{path} has {n:.1f} tokens, not {want:.0f}: damaged or not uint16")
             check(n > T, f"{path} has {n:.0f} tokens, less than block_size + 1 = {T + 1}: prepare "
-                         f"more text, with a larger --val_fraction if it is val.bin")
+                         f"more text, or a larger --val_fraction")
             ids = np.memmap(path, dtype=np.uint16, mode='r')
             self._check(ids[:1 << 20])      # a look at the beginning; every batch is checked too
-            check(self.meta or ids[1:1 << 16:2].any(), f"{path} seems to hold 32-bit numbers, for "
-                                                       f"every other uint16 is 0: run prepare.py")
+            check(self.meta or ids[1:1 << 16:2].any(), f"{path} holds 32-bit numbers, not uint16")
             setattr(self, split, ids)
 
     def _check(self, ids):
         top = ids.max()
-        check(top < self.vocab_size, f"{self.dir} holds token id {top}, but the model has "
-              f"{self.vocab_size} tokens: prepare it with the model's own tokenizer")
+        check(top < self.vocab_size, f"{self.dir} holds token id {top}, the model has "
+              f"{self.vocab_size} tokens: type prepare.py ... --tokenizer=MODEL")
 
     def _to_device(self, rows):
         """(B, T + 1) uint16 -> the tokens x and those that follow them y, (B, T) int64."""
         self._check(rows)
-        rows = rows.astype(np.int64)
+        rows = torch.from_numpy(rows.astype(np.int64))
         # contiguous, because a graph is compiled for its inputs' strides too
-        xy = [torch.from_numpy(np.ascontiguousarray(r)) for r in (rows[:, :-1], rows[:, 1:])]
+        xy = [rows[:, :-1].contiguous(), rows[:, 1:].contiguous()]
         if self.device.startswith('cuda'):
             xy = [z.pin_memory() for z in xy]
         return [z.to(self.device, non_blocking=True) for z in xy]
@@ -451,7 +426,6 @@ class Data:
                 'val_sha256': hashlib.sha256(self.val).hexdigest()[:16],
                 'windows': len(self.starts()), 'block_size': self.cfg.block_size}
 
-
 def all_reduce(x):
     """The sum over ranks of a CPU tensor."""
     if WORLD > 1:
@@ -473,7 +447,6 @@ def learning_rate(cfg, it):
     progress = (it - cfg.warmup_iters) / (end - cfg.warmup_iters)
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.learning_rate - cfg.min_lr)
 
-
 def make_optimizer(cfg, model):
     """AdamW; weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -481,7 +454,6 @@ def make_optimizer(cfg, model):
     groups = [{'params': matrices, 'weight_decay': cfg.weight_decay},
               {'params': vectors, 'weight_decay': 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
-
 
 def step(cfg, it, model, raw, optimizer, batch, autocast):
     """One iteration -> (this rank's part of the mean loss, the gradient's norm, stds).
@@ -587,7 +559,6 @@ def train(cfg, given):
     if RANK == 0:
         hand_over(r)
 
-
 @command
 def main(argv):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -596,8 +567,7 @@ def main(argv):
     try:
         cfg, given = load_config(argv)
         check_config(cfg)
-        again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
-        if again and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
+        if RESTARTS != '0' and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
             cfg.init_from = 'resume'        # torchrun started us anew, because a worker died
         if cfg.eval_only:
             return compare(cfg, given)
@@ -626,27 +596,25 @@ def start_machine(cfg):
     if kind == 'auto':
         kind = 'cuda' if torch.cuda.is_available() else 'cpu'
     if WORLD > 1:
-        # a worker that torchrun --max_restarts starts anew would find dead ones' addresses in the
-        # store (github.com/pytorch/pytorch/issues/135712): a prefix keeps the generations apart
         try:
             store, rank, world = next(dist.rendezvous('env://'))
         except (ValueError, RuntimeError) as e:
             raise UserError(f"found no other processes ({one_line(e)}): start it with torchrun")
-        again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        # a worker that torchrun --max_restarts starts anew would find dead ones' addresses in the
+        # store (github.com/pytorch/pytorch/issues/135712): a prefix keeps the generations apart
+        store = dist.PrefixStore(RESTARTS, store)
         dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', rank=rank,
-                                store=dist.PrefixStore(again, store), world_size=world)
-    device, native, n = cfg.device if number else kind, False, torch.cuda.device_count()
+                                store=store, world_size=world)
+    device, native = cfg.device if number else kind, False
     if kind == 'cuda':
-        number = int(number or LOCAL_RANK)
+        number, n = int(number or LOCAL_RANK), torch.cuda.device_count()
         check(number < n, f"process {LOCAL_RANK} has no GPU {number}: type --nproc_per_node={n}")
         device, native = f'cuda:{number}', torch.cuda.get_device_capability(number)[0] >= 8
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')      # TF32 for what autocast leaves in float32
-    auto = 'bfloat16' if native else 'float32'
-    dtype = auto if cfg.dtype == 'auto' else cfg.dtype
+    dtype = cfg.dtype if cfg.dtype != 'auto' else 'bfloat16' if native else 'float32'
     autocast = torch.autocast(kind, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
     return device, autocast, dtype, kind == 'cuda' if cfg.compile is None else cfg.compile
-
 
 def on_all_ranks(fn, *args):
     """fn(*args) on each rank. If one cannot, all exit with 2, and the first of them says why."""
@@ -667,7 +635,6 @@ def on_all_ranks(fn, *args):
     check(not failed, error)
     return result
 
-
 def make_evaluator(raw, autocast, compiled):
     """-> x to (logits, None, stds) without dropout: one graph, to evaluate and to measure."""
     forward = partial(raw, return_stds=True)
@@ -682,7 +649,6 @@ def make_evaluator(raw, autocast, compiled):
         return out
     return evaluator
 
-
 def prepare_run(cfg, given, device):
     """Checks all the input, before a file is written -> what the functions below call r."""
     data = Data(cfg, device)
@@ -691,8 +657,8 @@ def prepare_run(cfg, given, device):
     data.open(raw.config.vocab_size, ['train', 'val'])
     for name in ['ckpt.pt'] + ['hf'] * cfg.remove_ln:
         path = os.path.join(cfg.out_dir, name)
-        check(ckpt or not os.path.exists(path), f"{path} is of another run: --init_from=resume "
-                                                f"goes on with it, or choose another --out_dir")
+        check(ckpt or not os.path.exists(path), f"{path} is of another run: go on with it by "
+              f"--init_from=resume, or choose another --out_dir")
     n = cfg.batch_size * cfg.block_size
     check(cfg.batch_tokens % n == 0, f"batch_tokens is {cfg.batch_tokens}; expected a multiple of "
           f"batch_size * block_size: type --batch_tokens={max(cfg.batch_tokens // n, 1) * n}")
@@ -713,7 +679,6 @@ def prepare_run(cfg, given, device):
         r.base = './' + os.path.basename(r.base.rstrip('/'))
     return r
 
-
 def load_model(cfg, given, data):
     """-> (the model, the checkpoint to resume or None, tokenizer files). Sets cfg.block_size."""
     ckpt, mode, source = None, 'fake' if cfg.remove_ln else None, cfg.init_from
@@ -726,8 +691,6 @@ def load_model(cfg, given, data):
                                 cfg.dropout, mode or cfg.ln_mode))
         files = data.tokenizer_files()
         fit_to_data(model, data, files, source)
-        if 'eot' in data.meta and data.meta['eot'] is None:     # these tokens have no end-of-text
-            model.config.hf = {'bos_token_id': None, 'eos_token_id': None}
         return model, None, files
     if source == 'resume':
         source, ckpt = cfg.out_dir, load_checkpoint(cfg.out_dir)
@@ -749,7 +712,6 @@ def load_model(cfg, given, data):
     fit_to_data(model, data, files, source)
     return model, ckpt, files
 
-
 def fit_to_data(model, data, files, source):
     """Takes the data's end-of-text. Raises UserError if the data is of another tokenizer."""
     vocab, theirs = vocabulary(files), data.meta.get('vocab_hash')
@@ -759,7 +721,8 @@ def fit_to_data(model, data, files, source):
     data.proven = bool(vocab and theirs)
     if data.meta.get('eot') is not None:
         model.config.eot_token_id = data.meta['eot']
-
+    elif data.meta and source == 'scratch':     # these tokens have no end-of-text
+        model.config.hf = {'bos_token_id': None, 'eos_token_id': None}
 
 def check_resume(r, ckpt):
     """The losses logged so far. Raises UserError if the run so far was not one of this config."""
@@ -772,19 +735,17 @@ def check_resume(r, ckpt):
               f"{sorted({*past} ^ {*now})[:2]}: give the run's start_, gap_ and taper_ keys")
     check(it <= cfg.max_iters, f"max_iters={cfg.max_iters} is over: type --max_iters={it} or more")
     size = os.path.getsize(r.log_path) if os.path.exists(r.log_path) else 0
-    check(size >= r.log_bytes, f"{r.log_path} is shorter than when ckpt.pt was written: put it "
-                               f"back, or begin another run with --init_from={cfg.out_dir}")
+    other = f"or begin another run with --init_from={cfg.out_dir}"
+    check(size >= r.log_bytes, f"{r.log_path} is shorter than ckpt.pt says: put it back, {other}")
     with open(r.log_path) as f:
         entries = [json.loads(line) for line in f.read(r.log_bytes).splitlines()]
     first = next(e.get('on', {}) for e in entries if e['event'] == 'eval')
     check({**first, 'dataset': cfg.dataset} == r.identity, f"this run is evaluated on {first}, not "
-          f"on {r.identity}: put the data and eval_iters back, or begin another run with "
-          f"--init_from={cfg.out_dir}")
+          f"on {r.identity}: put the data and eval_iters back, {other}")
     for key, value in asdict(old).items():
         if value != getattr(cfg, key) and key not in ('init_from', 'out_dir'):
             print0(f"note: {key} was {value!r} in the checkpoint, now it is {getattr(cfg, key)!r}")
     return [(e['iter'], e['loss']) for e in entries if e['event'] == 'train']
-
 
 def claim_out_dir(r):
     """On rank 0: makes sure, before the work, that out_dir can be written, and begins to write."""
@@ -810,7 +771,6 @@ def claim_out_dir(r):
     for name, content in r.files.items():
         write(os.path.join(out_dir, 'tokenizer', name), content)
 
-
 def start_wandb(cfg):
     try:
         import wandb
@@ -830,7 +790,6 @@ def print0(text):
         if RANK == 0 and text:
             print(text, flush=True)
 
-
 def log(r, **entry):
     """Appends a JSON object to log.jsonl, on rank 0."""
     if RANK > 0:
@@ -845,23 +804,20 @@ def log(r, **entry):
             print0(f"note: wandb failed, and is left alone from now on ({one_line(e)})")
             r.wandb = None
 
-
 # dense bf16 peaks in FLOPs a second, by the datasheets
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'RTX 4090': 165e12}
-
 
 def progress(r, it, speed, seconds):
     """Logs and prints a step: its loss, `speed` in tokens a second, the seconds until the end."""
     loss, lr = r.losses[-1][1], learning_rate(r.cfg, it)
     gpu = torch.cuda.get_device_name() if r.data.device.startswith('cuda') else ''
-    peak = next((flops for name, flops in PEAK.items() if name in gpu), None)
-    mfu = {'mfu': speed * r.raw.flops_per_token() / (peak * WORLD)} if peak else {}
+    peaks = [flops * WORLD for name, flops in PEAK.items() if name in gpu]
+    mfu = {'mfu': speed * r.raw.flops_per_token() / peaks[0]} if peaks else {}
     log(r, event='train', iter=it, loss=loss, lr=lr, tok_per_s=round(speed, 1), **mfu)
     print0(f"iter {it:>6} | loss {loss:.4f} | lr {lr:.2e} | {speed:>11,.0f} tok/s"
-           + (f" | mfu {mfu['mfu']:6.1%}" if peak else '')
+           + (f" | mfu {mfu['mfu']:6.1%}" if mfu else '')
            + (f" | LN sites left {len(r.raw.sites_left()):>3}" if r.cfg.remove_ln else '')
            + f" | {timedelta(seconds=int(seconds))} left")
-
 
 def evaluate(r, it):
     """The validation loss after `it` iterations, logged."""
@@ -870,16 +826,13 @@ def evaluate(r, it):
     print0(f"iter {it:>6} | val loss {loss:.4f} nats per {r.data.noun}")
     return loss
 
-
 def log_ratios(r, it):
     """{kind: {LN: its std, times the ordinary one}}, measured on the validation windows; logged."""
-    batches = ((x, y) for _, x, y in r.data.windows())
-    stds = measure(r.evaluator, r.raw, batches)
+    stds = measure(r.evaluator, r.raw, ((x, y) for _, x, y in r.data.windows()))
     times = (stds / stds[:, TOKEN:TOKEN + 1]).T.tolist()
     ratios = {KINDS[k]: dict(zip(r.raw.layernorms(), times[k])) for k in (BOS, EOT)}
     log(r, event='giant', iter=it, **ratios)
     return ratios
-
 
 def high_since(losses, cfg):
     """losses [(iteration, loss)] -> (since when guard_nats above its level, or None; the level)."""
@@ -891,7 +844,6 @@ def high_since(losses, cfg):
     low = [i for i, loss in enumerate(values) if loss <= level + cfg.guard_nats]
     high = its[low[-1] + 1:] if low else its
     return high[0] if high else None, level
-
 
 def guard(r, done, bad, val_loss=0.0):
     """Raises UserError if the run has diverged: no number, or a loss too high for too long.
@@ -918,9 +870,7 @@ def guard(r, done, bad, val_loss=0.0):
                     f"{kept} of before is {'kept' if os.path.exists(kept) else 'not there'}. Try a "
                     f"longer taper_iters, wider gaps, more iterations or a lower rate")
 
-
 ASKED = []      # (signal, time) of what asked the run to stop
-
 
 def ask_to_stop(number, frame):
     """SIGTERM and Ctrl-C finish the iteration and save. A second Ctrl-C, later, stops at once."""
@@ -952,7 +902,6 @@ def token_losses(evaluator, data, full=False):
             table[:, first + i] = torch.stack(values).masked_fill(y[i] == -1, math.nan).cpu()
     return all_reduce(table).numpy()
 
-
 def mean_and_error(losses):
     """losses (windows, T), NaN where nothing was predicted -> (mean, its standard error).
 
@@ -964,7 +913,6 @@ def mean_and_error(losses):
     square = np.square(sums - mean * n).sum() * k / max(k - 1, 1)
     return mean, np.sqrt(square) / n.sum() if k > 1 else np.nan
 
-
 def calibration(table):
     """token_losses(full=True) -> (expected calibration error of arXiv 1706.04599, entropy)."""
     there = ~np.isnan(table[0].ravel())
@@ -973,18 +921,16 @@ def calibration(table):
     error = np.abs(np.bincount(bins, confidence - right, 15)).sum() / len(right)
     return error, entropy.mean()
 
-
 def loss_table(named, noun):
     """{model: losses (windows, T)}, one or two -> a table of each, and of first minus second.
 
     The mean alone hides a model that explodes on rare inputs: LN-free GPT-2 XL has a mean of 130
     and a median of 1.09 on The Pile (arXiv 2507.02559).
     """
-    head = ('mean', 'std. error', 'median', '99.9%', 'max')
-    lines = [f"{'nats per ' + noun:<30}" + ''.join(f"{name:>12}" for name in (noun + 's', *head))]
+    head = (noun + 's', 'mean', 'std. error', 'median', '99.9%', 'max')
+    lines = [f"{'nats per ' + noun:<30}" + ''.join(f"{name:>12}" for name in head)]
     if len(named) == 2:
-        x, y = named.values()
-        named = named | {'difference, token by token': x - y}
+        named = named | {'difference, token by token': np.subtract(*named.values())}
     for name, losses in named.items():
         lines.append(name[-30:])
         for label, part in (('all', losses), ('the first of a window', losses[:, :1]),
@@ -992,30 +938,23 @@ def loss_table(named, noun):
             values = part[~np.isnan(part)]
             if values.size:
                 row = *mean_and_error(part), *np.quantile(values, (0.5, 0.999)), values.max()
-                row = ''.join(f"{number:>12.4f}" for number in row)
-                lines.append(f"  {label:<28}{values.size:>12,}{row}")
+                lines.append(f"  {label:<28}{values.size:>12,}"
+                             + ''.join(f"{number:>12.4f}" for number in row))
     return '\n'.join(lines)
-
 
 def compare(cfg, given):
     """eval_only: the losses of init_from, and of control if named, over val.bin. Writes nothing."""
     check(cfg.init_from != 'scratch', "nothing to evaluate: name a model, --init_from=MODEL")
     device, autocast, dtype, compiled = start_machine(cfg)
-    data = Data(cfg, device)
-    model = on_all_ranks(load_model, cfg, given, data)[0]
-    on_all_ranks(data.open, model.config.vocab_size, ['val'])
-    models, tables = {cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from: model}, {}
-    if cfg.control:
-        control = on_all_ranks(GPT2.from_pretrained, cfg.control)
-        sizes = [m.config.vocab_size for m in (model, control)]
-        check(sizes[0] == sizes[1], f"control={cfg.control} has another vocabulary: {sizes}")
-        fit_to_data(control, data, companions(cfg.control), cfg.control)
-        control.crop_block_size(cfg.block_size)
-        models[f'{cfg.control} (control)'] = control
-    for name, model in models.items():
+    data, tables = Data(cfg, device), {}
+    for cfg.init_from in [cfg.init_from] + [cfg.control] * bool(cfg.control):
+        model = on_all_ranks(load_model, cfg, given, data)[0]
+        on_all_ranks(data.open, model.config.vocab_size, ['val'])
+        given = given | {'block_size'}      # the second is cropped to the windows of the first
+        name = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
+        name += ' (control)' * bool(tables)
         evaluator = make_evaluator(model.to(device), autocast, compiled)
         tables[name] = token_losses(evaluator, data, full=True)
-        model.cpu()
         bad = np.isinf(tables[name][0])
         check(not bad.any(), f"{name} gives NaN or infinite logits for {bad.sum():,} {data.noun}s, "
               f"first in the window from {data.noun} {data.starts()[bad.any(1).argmax()]:,} on")
@@ -1032,41 +971,38 @@ def compare(cfg, given):
 # Handing over. The model is written first: nothing that is printed or drawn later can cost it.
 
 def hand_over(r):
-    """Writes hf/ if no LayerNorm is left; then the table, a sample, the picture."""
-    out_dir, control, folded = r.cfg.out_dir, r.cfg.control, None
-    ckpt, hf, picture = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'hf', 'loss.png'))
+    """Writes hf/ if no LayerNorm is left; then prints the table and draws the picture."""
+    out_dir, control = r.cfg.out_dir, r.cfg.control
+    result, picture = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'loss.png')
     if not r.cfg.remove_ln:
-        return print0(f"saved {ckpt}")
+        return print0(f"saved {result}")
     torch.set_float32_matmul_precision('highest')       # TF32 would drown the difference
     try:
-        folded = r.raw.eval().fold_ln()
+        folded, close = r.raw.eval().fold_ln(), ''
     except UserError as e:
-        print0(f"no LN-free model to hand over: {e}")
-    close = write_hf(r, folded, hf) if folded else ''
-    print0('\n' + (attempt('table', result_table, r) or ''))
-    print0(close)
+        folded, close = None, f"no LN-free model to hand over: {e}"
     if folded:
-        print0(attempt('sample', sample, r, folded))
+        result = os.path.join(out_dir, 'hf')
+        close = write_hf(r, folded, result)
+    print0(f"\n{attempt('table', result_table, r)}\n{close}")
     attempt('picture', plot, picture, [out_dir, control] if control else [out_dir])
-    print0(f"the loss curves:     {picture}" if os.path.exists(picture) else '')
-    print0(f"the LN-free model:   {hf}" if folded else f"the checkpoint:      {ckpt}")
-
+    print0(f"written: {result}, {picture}")
 
 def write_hf(r, folded, hf):
     """Writes hf/ -> a line on how far folded and unfolded logits differ. UserError if too far."""
     x = next(r.data.windows())[1][:4]
     with torch.no_grad():
         logits = r.raw(x)[0]
-        diff, scale = ((folded(x)[0] - logits).abs().max().item(), logits.abs().max().item())
+        diff, scale = (folded(x)[0] - logits).abs().max().item(), logits.abs().max().item()
     # float32 rounding is far below, and a NaN is not below
     check(diff <= 1e-3 * max(scale, 1), f"nothing is handed over: the folded logits differ by "
                                         f"{diff:.2g} (largest {scale:.3g}); ckpt.pt is as it was")
-    files, data = r.files, r.data
+    files, tokenizer = r.files, r.data.tokenizer
     if not vocabulary(files):       # the model brought no tokenizer: that of the data
-        made = attempt('tokenizer', lambda: tokenizer_files(get_tokenizer(data.tokenizer),
+        made = attempt('tokenizer', lambda: tokenizer_files(get_tokenizer(tokenizer),
                                                             r.cfg.block_size)) or {}
         files = {name: text.encode() for name, text in made.items()} | files
-    card = attempt('model card', model_card, r, bool(vocabulary(files))) or ''
+    card = attempt('model card', model_card, r) or ''
     if os.path.exists(hf):          # resumed after its end: somebody may have edited what is there
         aside = next(f'{hf}.{n}' for n in range(1, 10 ** 6) if not os.path.exists(f'{hf}.{n}'))
         os.rename(hf, aside)
@@ -1074,14 +1010,12 @@ def write_hf(r, folded, hf):
     r.raw.save_pretrained(hf, files | {'README.md': card.encode('utf-8', 'replace')})
     return f"folded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})"
 
-
 def attempt(what, fn, *args):
     """fn(*args); if it fails, a note, and None."""
     try:
         return fn(*args)
     except Exception as e:
         print0(f"note: no {what} ({one_line(e)})")
-
 
 def read_log(out_dir):
     """A run's log.jsonl, as a list. Raises UserError if it is damaged or has no evaluation."""
@@ -1092,10 +1026,8 @@ def read_log(out_dir):
             return entries
     raise UserError(f"{path} is missing, damaged or has no evaluation: expected the log of a run")
 
-
 def evaluations(out_dir):
     return [e for e in read_log(out_dir) if e['event'] == 'eval']
-
 
 def result_rows(r):
     """[(name, validation loss, LN sites left)]: before, the control where there is one, after."""
@@ -1108,7 +1040,6 @@ def result_rows(r):
         rows.append((f'control (LN kept){when}', last['val_loss'], before))
     return rows + [('LN removed' if left else 'LN-free', own[-1]['val_loss'], left)]
 
-
 def result_table(r):
     rows, control = result_rows(r), r.cfg.control
     lines = [f"{'':<28}{'val nats/' + r.data.noun:>16}{'gap to control':>16}{'LN sites left':>16}"]
@@ -1116,33 +1047,20 @@ def result_table(r):
         gap = f"{loss - rows[1][1]:+.4f}" if control and name != 'pre-trained' else ''
         lines.append(f"{name:<28}{loss:>16.4f}{gap:>16}{left:>16}")
     looks = [e for e in read_log(r.cfg.out_dir) if e['event'] == 'giant']
-    if len(looks) > 1:
-        times = [f"{max(e[k].values()):.1f}" for k in ('bos', 'eot') for e in (looks[0], looks[-1])]
-        lines.append("largest std, in ordinary tokens' stds: position 0 {} before, {} after; "
-                     "end-of-text {}, {}".format(*times))
+    times = [f"{max(e[k].values()):.1f}" for k in ('bos', 'eot') for e in (looks[0], looks[-1])]
+    lines.append("largest std, in ordinary tokens' stds: position 0 {} before, {} after; "
+                 "end-of-text {}, {}".format(*times))
     if not control:
-        lines.append("(no control: run the same configs with config/control.py behind them and "
-                     "another out_dir, and name that with --control)")
+        lines.append("(no control: see config/control.py)")
     return '\n'.join(lines)
 
-
-def sample(r, model):
-    tokenizer = get_tokenizer(r.cfg.out_dir if vocabulary(r.files) else r.data.tokenizer)
-    torch.manual_seed(r.cfg.seed)
-    start = torch.tensor([[model.config.eot_token_id]], device=model.wte.weight.device)
-    ids = model.generate(start, 240, temperature=0.8, top_k=40)[0, 1:].tolist()
-    text = tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
-    return '\n    '.join(["\na sample from the LN-free model:", *text.splitlines()]) + '\n'
-
-
-def model_card(r, tokenizer):
+def model_card(r):
     """README.md of the folder that is handed over: this run's facts."""
     cfg, c, noun = r.cfg, r.raw.config, r.data.noun
     rows = '\n'.join(f"| {name} | {loss:.4f} |" for name, loss, _ in result_rows(r))
     removal = ', '.join(f"{k} {v}" for k, v in vars(cfg).items()
                         if k.startswith(('start_', 'gap_', 'taper_', 'aux_')))
     on_hub = r.base != 'scratch' and not r.base.startswith('./')
-    auto = "\ntokenizer = AutoTokenizer.from_pretrained(folder)" * tokenizer
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -1153,7 +1071,10 @@ tags: [gpt2, interpretability, layernorm-free]
 
 Trained from {r.base.removeprefix('./')}, then freed of every LayerNorm by fine-tuning: the division
 by the token's own standard deviation was replaced by a constant, one site after another
-([arXiv 2409.13710](https://arxiv.org/abs/2409.13710)). Only linear maps read the residual stream.
+([arXiv 2409.13710](https://arxiv.org/abs/2409.13710)). transformers' `GPT2LMHeadModel` loads it.
+The LayerNorm modules are still there, but with `layer_norm_epsilon` 1e12 each divides by 1e6,
+whatever the token: do not set another epsilon. **Use float32 or bfloat16**: weights of 1e6 do not
+fit float16. For float16 write a folded model: `python model.py MODEL FOLDER --float16`.
 
 | {r.identity['windows']:,} windows of {cfg.dataset}'s val.bin | nats per {noun} |
 |---|---|
@@ -1164,47 +1085,29 @@ by the token's own standard deviation was replaced by a constant, one site after
 * **Training:** {cfg.max_iters:,} iterations of {cfg.batch_tokens:,} {noun}s, learning rate
   {cfg.learning_rate:g}, seed {cfg.seed}, {date.today()}
 * **Removal, in iterations:** {removal}
-
-```python
-from transformers import {'AutoTokenizer, ' * tokenizer}GPT2LMHeadModel
-model = GPT2LMHeadModel.from_pretrained(folder)     # this folder, or its name on the hub{auto}
-```
-
-transformers has no switch for "no LayerNorm": the modules are still there, but with
-`layer_norm_epsilon` 1e12 each divides by 1e6, whatever the token, and its weight makes up for it.
-Do not set another epsilon. **Use float32 or bfloat16**: weights of 1e6 do not fit float16. For
-float16 write a folded model with a smaller epsilon: `python model.py MODEL FOLDER --float16`.
 """
 
-
 def plot(path, runs):
-    """Draws training losses (thin, smoothed), validation losses (dots), the first run's events."""
+    """Draws training losses (lines), validation losses (dots) and the first run's events."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(9, 5), layout='constrained')
-    values, events = [], {}
-    for run in runs:
+    for run in reversed(runs):
         entries = read_log(run)
         train, val = (np.array([(e['iter'], e[k]) for e in entries if e['event'] == event]).T
                       for event, k in (('train', 'loss'), ('eval', 'val_loss')))
-        width = max(train.shape[1] // 6, 1)     # one batch's loss is mostly the batch's
-        smooth = [np.convolve(z, np.ones(width) / width, 'valid') for z in train]
-        line, = ax.plot(*smooth, lw=1, alpha=0.6, label=f'{run}: training, mean of {width} logged')
+        line, = ax.plot(*train, lw=0.8, alpha=0.6, label=run)
         ax.plot(*val, 'o-', ms=4, color=line.get_color(), label=f'{run}: validation')
-        values += [*val[1], *smooth[1]]
-    for e in read_log(runs[0]):
+    for e in entries:
         if e['event'] in ('remove', 'merge'):
-            events.setdefault(e.get('site', 'x.x.merge').split('.', 2)[-1], []).append(e['iter'])
-    for (kind, its), colour in zip(events.items(), ('orange', 'green', 'red', 'purple', 'gray')):
-        ax.vlines(its, 0, 1, transform=ax.get_xaxis_transform(), color=f'tab:{colour}', lw=0.8,
-                  ls=':', label=kind)
-    low, high = min(values), np.quantile(values, 0.95)  # the start would flatten the rest
-    ax.set(xlabel='iteration', ylabel='nats', ylim=(low, high + 0.3 * (high - low)))
-    fig.legend(loc='outside lower center', ncols=2, fontsize=8)
+            ax.axvline(e['iter'], color='gray', lw=0.5, ls=':')
+    low, high = val[1].min(), np.quantile(train[1], 0.95)       # the start would flatten the rest
+    ax.set(xlabel='iteration (dotted: a removal begins)', ylabel='nats',
+           ylim=(low - 0.1, high + 0.3 * (high - low)))
+    ax.legend()
     fig.savefig(path, dpi=120)
     plt.close(fig)
-
 
 if __name__ == '__main__':
     main()
