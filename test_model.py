@@ -766,17 +766,16 @@ def test_the_readmes_snippets_and_the_handed_over_folder(flagship):
     assert text.tolist() == ours.generate(encoded['input_ids'][:, :-1], 40, temperature=0).tolist()
 
 def test_nothing_at_the_end_can_cost_the_model(standin):
-    """A terminal of ASCII, a sample that fails, a card that fails: hf/ is there, status 0."""
+    """A terminal of ASCII, a table, a card and a picture that fail: hf/ is there, status 0."""
     code = ("import sys; sys.path.insert(0, %r); import train\n"
-            "def bad(*a): raise UnicodeEncodeError('ascii', 'é', 0, 1, 'no')\n"
-            "train.model_card = train.plot = bad\n"
-            "train.sample = lambda *a: 'é文'\n"
+            "def bad(*a): raise ValueError('no')\n"
+            "train.result_table = train.model_card = train.plot = bad\n"
             "train.main()") % str(REPO)
     args = [a for a in TINY + REMOVE if 'n_layer' not in a]
-    args += ['--n_layer=1', '--max_iters=16', '--out_dir=ascii']
+    args += ['--n_layer=1', '--max_iters=16', '--out_dir=é文']
     process = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True,
                              env=os.environ | {'PYTHONIOENCODING': 'ascii'})
-    assert process.returncode == 0 and GPT2.from_pretrained('ascii/hf'), process.stderr
+    assert process.returncode == 0 and GPT2.from_pretrained('é文/hf'), process.stderr
     assert r'\xe9' in process.stdout and 'no model card' in process.stdout
 
 # -----------------------------------------------------------------------------
@@ -784,51 +783,39 @@ def test_nothing_at_the_end_can_cost_the_model(standin):
 
 @pytest.fixture
 def hub(tmp_path):
-    """A server on localhost that speaks the hub's protocol
-    -> (its repositories, to be filled; environment; requests).
+    """A server on localhost that speaks the hub's protocol -> (publish, drop, environment,
+    requests). The numbers in `drop` count downloads of files that break off in the middle."""
+    pages, drop, requests, downloads = {}, set(), [], []        # {path: (commit, body)}
 
-    The numbers in repos['drop'] count GET requests for files that will break off in the middle.
-    """
-    repos, requests, files = {'drop': set()}, [], []    # {(kind, name): {revision: {file: bytes}}}
+    def publish(kind, name, **revisions):
+        """A repository, {file: bytes} for each revision, its main branch first."""
+        api, web = f'/api/{kind}/{name}', f'/{name}' if kind == 'models' else f'/{kind}/{name}'
+        for i, (revision, files) in enumerate(revisions.items()):
+            sha, folders = f'{i:040x}', {str(p) for f in files for p in Path(f).parents}
+            info = {'id': name, 'sha': sha, 'siblings': [{'rfilename': f} for f in files]}
+            tree = [{'type': 'file', 'path': f, 'oid': f, 'size': len(b)} for f, b in files.items()]
+            tree += [{'type': 'directory', 'path': p, 'oid': p} for p in folders - {'.'}]
+            found = {} if i else {api: info}
+            for r in (revision.replace('_', '/'), sha):
+                found[f'{api}/revision/{r}'] = info
+                for p in folders:
+                    here = [t for t in tree if str(Path(t['path']).parent) == p]
+                    at = f'{api}/tree/{r}/{p}'.removesuffix('/.')
+                    found |= {at: here, f'{at}?recursive': tree}
+                pages.update({f'{web}/resolve/{r}/{f}': (sha, b) for f, b in files.items()})
+            pages.update({path: (sha, json.dumps(v).encode()) for path, v in found.items()})
 
     class Hub(http.server.BaseHTTPRequestHandler):
-        def answer(self):
-            """(status, body) of a request for /api/KIND/NAME[/tree/REVISION[/FOLDER]]
-            or [/datasets]/NAME/resolve/REVISION/FILE."""
-            path = urllib.parse.unquote(self.path.split('?')[0])
-            for (kind, name), revisions in ((k, v) for k, v in repos.items() if k != 'drop'):
-                prefix = f'/{name}/resolve/' if kind == 'models' else f'/datasets/{name}/resolve/'
-                api = f'/api/{kind}/{name}'
-                for i, (revision, files) in enumerate(revisions.items()):
-                    self.sha = f'{i:040x}'
-                    for r in (revision, self.sha):
-                        if path == f'{api}/revision/{r}' or path == api and i == 0:
-                            names = [{'rfilename': f} for f in files]
-                            info = {'id': name, 'sha': self.sha, 'siblings': names}
-                            return 200, json.dumps(info).encode()
-                        if path.startswith(f'{api}/tree/{r}'):
-                            folder = path.removeprefix(f'{api}/tree/{r}').strip('/')
-                            tree = [{'type': 'file', 'path': f, 'oid': f, 'size': len(b)}
-                                    for f, b in files.items()]
-                            folders = {str(d) for f in files for d in list(Path(f).parents)[:-1]}
-                            tree += [{'type': 'directory', 'path': d, 'oid': d} for d in folders]
-                            if 'recursive=true' not in self.path.lower():
-                                tree = [t for t in tree if os.path.dirname(t['path']) == folder]
-                            return 200, json.dumps(tree).encode()
-                        file = path.removeprefix(f'{prefix}{r}/')
-                        if path.startswith(f'{prefix}{r}/') and file in files:
-                            return 200, files[file]
-            return 404, b''
-
         def do_GET(self):
             requests.append(self.path)
-            self.sha = ''
-            status, body = self.answer()
-            headers = {'ETag': f'"{len(body)}"', 'X-Repo-Commit': self.sha,
-                       'Accept-Ranges': 'bytes'}
-            if status == 404:
-                what = 'EntryNotFound' if '/resolve/' in self.path else 'RepoNotFound'
-                headers = {'X-Error-Code': what}
+            path, _, query = urllib.parse.unquote(self.path).partition('?')
+            path += '?recursive' * ('recursive=true' in query.lower())
+            status, file = 200, '/resolve/' in path
+            sha, body = pages.get(path, ('', None))
+            headers = {'ETag': f'"{len(body or path)}"', 'X-Repo-Commit': sha}
+            if body is None:
+                headers = {'X-Error-Code': 'EntryNotFound' if file else 'RepoNotFound'}
+                status, body = 404, b''
             elif part := re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', '')):
                 first, last = int(part[1]), min(int(part[2] or len(body)), len(body) - 1)
                 headers['Content-Range'] = f'bytes {first}-{last}/{len(body)}'
@@ -838,10 +825,9 @@ def hub(tmp_path):
                 self.send_header(*header)
             self.end_headers()
             if self.command == 'GET':
-                files.append(self.path) if '/resolve/' in self.path else None
-                drop = '/resolve/' in self.path and len(files) in repos['drop']
-                self.wfile.write(body[:len(body) // 2] if drop else body)
-                self.close_connection = drop
+                downloads.extend([path] * file)
+                self.close_connection = file and len(downloads) in drop
+                self.wfile.write(body[:len(body) // 2] if self.close_connection else body)
         do_HEAD = do_GET
 
         def log_message(self, *args):
@@ -852,7 +838,7 @@ def hub(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != 'HF_HUB_OFFLINE'}
     env |= {'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}',
             'HF_HOME': str(tmp_path / 'cache'), 'PYTHONPATH': str(REPO)}
-    yield repos, env, requests
+    yield publish, drop, env, requests
     server.shutdown()
 
 def command_line(script, *args, env, cwd):
@@ -862,12 +848,12 @@ def command_line(script, *args, env, cwd):
     return out
 
 def test_from_pretrained_downloads_from_a_hub(hub, tmp_path):
-    repos, env, requests = hub
+    publish, _, env, requests = hub
     ours = random_model()
     ours.save_pretrained(tmp_path / 'repo', {'tokenizer.json': b'{}'})
     files = {n: (tmp_path / 'repo' / n).read_bytes()
              for n in ('config.json', 'model.safetensors', 'tokenizer.json')}
-    repos['models', 'me/tiny'] = {'main': files | {'pytorch_model.bin': b'a pickle'}}
+    publish('models', 'me/tiny', main=files | {'pytorch_model.bin': b'a pickle'})
     code = ("import sys, torch, model; m = model.GPT2.from_pretrained(sys.argv[1]).eval(); "
             "print(m(torch.arange(31)[None])[0].double().sum().item(), "
             "*model.companions(sys.argv[1]))")
@@ -1249,7 +1235,7 @@ def test_openwebtexts_validation_documents_are_nanogpts(folder, monkeypatch):
 
 def test_prepare_streams_from_a_hub(hub, tmp_path):
     import pyarrow.parquet
-    repos, env, _ = hub
+    publish, drop, env, _ = hub
 
     def parquet(prefix, n=300):
         rows = [f'{prefix} {i}' for i in range(n)]
@@ -1258,11 +1244,11 @@ def test_prepare_streams_from_a_hub(hub, tmp_path):
     (one, ids_one), (two, ids_two) = parquet('one'), parquet('two')
     readme = (b"---\nconfigs:\n- config_name: one\n  data_files: one/*.parquet\n"
               b"- config_name: two\n  data_files: two/*.parquet\n---\n")
-    repos['datasets', 'me/rows'] = {'main': {'data/train-00000-of-00001.parquet': one}}
-    repos['datasets', 'me/two'] = {'main': {
-        'README.md': readme, 'one/0.parquet': one, 'two/0.parquet': two}}
-    repos['datasets', 'me/script'] = {'main': {'script.py': b'import os'}, 'refs/convert/parquet': {
-        'one/train/0000.parquet': one, 'two/partial-train/0000.parquet': two}}
+    publish('datasets', 'me/rows', main={'data/train-00000-of-00001.parquet': one})
+    publish('datasets', 'me/two', main={
+        'README.md': readme, 'one/0.parquet': one, 'two/0.parquet': two})
+    publish('datasets', 'me/script', main={'script.py': b'import os'}, refs_convert_parquet={
+        'one/train/0000.parquet': one, 'two/partial-train/0000.parquet': two})
 
     def prepared(name, *args, status=0):
         out = command_line('prepare.py', f'me/{name}', '--tokenizer=bytes', '--val_fraction=0',
@@ -1280,8 +1266,8 @@ def test_prepare_streams_from_a_hub(hub, tmp_path):
     assert 'partial' in prepared('script', '--config=two')[1]
     assert 'text' in prepared('rows', '--column=body', '--name=x', status=2)
     shards = {f'data/train-{k:05d}-of-00002.parquet': one for k in range(2)}
-    repos['datasets', 'me/shards'] = {'main': shards}
-    repos['drop'] = set(range(1, 400, 3))      # one request in three breaks off in the middle
+    publish('datasets', 'me/shards', main=shards)
+    drop.update(range(1, 400, 3))       # one download in three breaks off in the middle
     assert np.array_equal(prepared('shards')[0], np.concatenate([ids_one] * 2))
     assert 'me/nothing' in prepared('nothing', status=2)
     assert not (tmp_path / 'data/nothing').exists()

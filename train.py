@@ -681,7 +681,8 @@ def prepare_run(cfg, given, device):
 
 def load_model(cfg, given, data):
     """-> (the model, the checkpoint to resume or None, tokenizer files). Sets cfg.block_size."""
-    ckpt, mode, source = None, 'fake' if cfg.remove_ln else None, cfg.init_from
+    ckpt, source = None, cfg.init_from
+    mode = 'fake' if cfg.remove_ln and not cfg.eval_only else None
     if source == 'scratch':
         vocab_size = cfg.vocab_size or data.meta.get('vocab_size', 0)
         check(vocab_size, f"{data.dir} has no meta.json that tells its vocabulary: type "
