@@ -46,14 +46,12 @@ def clean(text):
     """WikiHow's markup as the harness reads it: a title starts a sentence, other brackets go."""
     return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
 
-
 def texts(question, style):
     """-> (context, the four endings)."""
     if style == 'completion':
         return question['ctx'], question['endings']
     context = f"{question['activity_label']}: {question['ctx_a']} {question['ctx_b'].capitalize()}"
     return clean(context), [clean(e) for e in question['endings']]
-
 
 def tokens(context, ending, style, encode):
     """-> (the context's token ids, the ending's), of the two joined by a space."""
@@ -62,7 +60,6 @@ def tokens(context, ending, style, encode):
     # a context that ends in spaces gives them to the ending, and the two are encoded as one text
     head, whole = encode(context.rstrip()), encode(context + ' ' + ending)
     return head, whole[len(head):]
-
 
 def rows(questions, encode, block_size):
     """-> [(ids, n_scored, lost)]: question q, style s and ending e are row (q * 2 + s) * 4 + e.
@@ -118,7 +115,6 @@ def score(model, rows, device, batch_tokens):
                         f"{STYLES[i // 4 % 2]} style, ending {i % 4}")
     return total
 
-
 def accuracies(questions, rows, sums):
     """{'acc': .., 'acc_stderr': .., 'acc_norm': .., ...}, and the scores behind them."""
     labels = np.array([int(q['label']) for q in questions])
@@ -151,7 +147,6 @@ def checked(q):
         check(good[k], f"{k} is {q[k]!r}")
     return q
 
-
 def read(path, limit=None):
     """The questions of a .jsonl file. Raises UserError with the number of a line that is none."""
     questions, n = [], 0
@@ -167,7 +162,6 @@ def read(path, limit=None):
                         f"{type(e).__name__}: {one_line(e)}")
     check(questions, f"{path} holds no questions")
     return questions
-
 
 def download(url, path, attempts=5):
     """Fetches the official validation file to `path`, which stands there only when complete."""
@@ -202,7 +196,6 @@ def tokenizer_of(source, vocab_size):
     check(gpt2 or vocab_size == 257, f"{source} has {vocab_size} tokens and no tokenizer; GPT-2 "
                                      f"has 50257: put its tokenizer.json into its folder")
     return get_tokenizer('gpt2' if gpt2 else 'bytes')
-
 
 @command
 def main(argv):
@@ -257,7 +250,6 @@ def main(argv):
     for name in ('acc', 'acc_norm', 'harness_acc', 'harness_acc_norm'):
         error = '' if n == 1 else f"{result[name + '_stderr']:.2%}"
         print(f"{name:<18}{result[name]:>10.2%}{error:>12}")
-
 
 if __name__ == '__main__':
     main()

@@ -28,7 +28,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
-
 @dataclass
 class GPT2Config:
     block_size: int = 1024
@@ -75,7 +74,6 @@ class GPT2Config:
 TOKEN, BOS, EOT = 0, 1, 2       # ordinary; position 0; end-of-text, also at position 0
 KINDS = ('token', 'bos', 'eot')
 HF_EPS = 1e12                   # of the published LN-free models: sqrt(var + 1e12) is just 1e6
-
 
 class LayerNorm(nn.Module):
     def __init__(self, config, sides=('',)):
@@ -134,7 +132,6 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).contiguous().view(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -145,7 +142,6 @@ class MLP(nn.Module):
     def forward(self, x):
         # GPT-2 uses the tanh form of GELU; the exact one is off by up to 5e-4, which logits show
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')))
-
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -160,7 +156,6 @@ class Block(nn.Module):
         x = x + self.attn(x_qk, x_v)
         (y,), std_2 = self.ln_2(x, kind)
         return x + self.mlp(y), [std_1, std_2]
-
 
 class GPT2(nn.Module):
     def __init__(self, config):
@@ -461,7 +456,6 @@ OUR_NAMES = {'n_positions': 'block_size', 'max_position_embeddings': 'block_size
              'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer',
              'num_attention_heads': 'n_head'}
 
-
 def companions(source):
     """{file name: bytes}: a MODEL's tokenizer files, chat template and generation config.
 
@@ -473,7 +467,6 @@ def companions(source):
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return {f.name: f.read_bytes() for f in files
             if f.is_file() and any(f.match(pattern) for pattern in COMPANIONS)}
-
 
 def local_folder(name):
     """The folder itself, or the one into which the hub's library downloads a model of this name."""
@@ -490,7 +483,6 @@ def local_folder(name):
         return folder
     except Exception as e:      # the many ways of not being there: offline, unknown, private
         raise UserError(f"{name} is no folder here, and no model on the hub ({one_line(e)})")
-
 
 def _read_config(folder):
     """GPT2Config's fields from config.json; the defaults of both are the same."""
@@ -515,7 +507,6 @@ def _read_config(folder):
         args['eot_token_id'] = eot
     dropped = ('n_ctx', 'n_inner', 'torch_dtype', 'transformers_version')
     return args | {'hf': {k: v for k, v in hf.items() if k not in dropped}}
-
 
 def _read_weights(folder):
     """{name: tensor} of model.safetensors or else pytorch_model.bin, whole or in shards."""
@@ -559,19 +550,16 @@ def write(path, content):
         if os.path.exists(tmp):
             os.remove(tmp)
 
-
 def probe(path):
     """Raises UserError if `path` cannot be written: before the hours of work, not after them."""
     check(not os.path.isdir(path), f"{path} is a folder; expected a file")
     write(path + '.probe', b'')
     os.remove(path + '.probe')
 
-
 def save_checkpoint(out_dir, model, **extra):
     """Writes out_dir/ckpt.pt, whole or not at all: `extra` may be tensors and plain values only."""
     ckpt = {'model_args': asdict(model.config), 'model': model.state_dict(), **extra}
     write(os.path.join(out_dir, 'ckpt.pt'), lambda tmp: torch.save(ckpt, tmp))
-
 
 def load_checkpoint(out_dir):
     """What save_checkpoint wrote, on the CPU. Raises UserError if it is missing or damaged."""
@@ -593,16 +581,13 @@ def load_checkpoint(out_dir):
 class UserError(ValueError):
     """What a person can mend: `command` prints it as one line and exits with status 2."""
 
-
 def check(ok, message):
     if not ok:
         raise UserError(message)
 
-
 def one_line(e, most=300):
     """An exception's message on one line, of at most so many characters."""
     return ' '.join(str(e).split())[:most] or type(e).__name__
-
 
 def trouble(e):
     """What to tell a person of an exception, on one line; None if it is a fault of the program."""
@@ -623,7 +608,6 @@ def trouble(e):
         return f"{e.strerror or text}{f': {e.filename}' if e.filename else ''}"
     return "interrupted" if isinstance(e, KeyboardInterrupt) else None
 
-
 def command(main):
     """Decorates a script's main(argv): --help prints its docstring, trouble one line, status 2."""
     @functools.wraps(main)
@@ -643,7 +627,6 @@ def command(main):
             sys.exit(130 if isinstance(e, KeyboardInterrupt) else 2)
     return wrapped
 
-
 @command
 def main(argv):
     flags = {a for a in argv if a.startswith('--')}
@@ -656,7 +639,6 @@ def main(argv):
     model.save_pretrained(folder, companions(source), 1e8 if '--float16' in flags else HF_EPS)
     left = len(model.sites_left()) or 'no'
     print(f"{folder}: {model.num_params():,} parameters, {left} LayerNorm sites")
-
 
 if __name__ == '__main__':
     main()
