@@ -472,36 +472,34 @@ def _read_config(folder):
     check(path.exists(), f"{folder} has no config.json: expected a Hugging Face folder or out_dir")
     try:
         hf = {OUR_NAMES.get(k, k): v for k, v in json.loads(path.read_bytes()).items()}
-        args = {k: hf.pop(k) for k in ('block_size', *CONFIG_KEYS) if k in hf}
-        args = asdict(GPT2Config(**args))
+        c = GPT2Config(**{k: hf.pop(k) for k in ('block_size', *CONFIG_KEYS) if k in hf})
     except (ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is not the config.json of a GPT-2 ({one_line(e)})")
     # what would change the computation, with the values that this model has
     for key, good in {
             'model_type': ('gpt2',), 'activation_function': ('gelu_new', 'gelu_pytorch_tanh'),
-            'n_inner': (None, 4 * args['n_embd']), 'scale_attn_weights': (True,),
+            'n_inner': (None, 4 * c.n_embd), 'scale_attn_weights': (True,),
             'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,)}.items():
         check(hf.get(key, good[0]) in good, f"{path}: {key} is {hf.get(key)!r}, not {good[0]!r}")
-    hf = {'bos_token_id': 50256, 'eos_token_id': 50256} | hf
-    eot = hf['eos_token_id']
+    c.hf = {'bos_token_id': 50256, 'eos_token_id': 50256, **hf}
+    for key in ('n_ctx', 'n_inner', 'torch_dtype', 'transformers_version'):
+        c.hf.pop(key, None)
+    eot = c.hf['eos_token_id']
     eot = eot[0] if isinstance(eot, list) and eot else eot
-    if type(eot) is int and 0 <= eot < args['vocab_size']:
-        args['eot_token_id'] = eot
-    dropped = ('n_ctx', 'n_inner', 'torch_dtype', 'transformers_version')
-    return args | {'hf': {k: v for k, v in hf.items() if k not in dropped}}
+    c.eot_token_id = eot if eot in range(c.vocab_size) else c.eot_token_id
+    return vars(c)
 
 def _read_weights(folder):
     """{name: tensor} of model.safetensors or else pytorch_model.bin, whole or in shards."""
-    for stem, ending in (('model', '.safetensors'), ('pytorch_model', '.bin')):
-        whole, sd = Path(folder, stem + ending), {}
+    load_bin = functools.partial(torch.load, map_location='cpu', weights_only=True)
+    for name, load in (('model.safetensors', load_file), ('pytorch_model.bin', load_bin)):
+        whole, index, parts = Path(folder, name), Path(folder, f'{name}.index.json'), []
         try:
-            index, parts = Path(f'{whole}.index.json'), Path(folder).glob(f'{stem}-*{ending}')
-            if index.exists():      # shards of an older model may lie beside
-                names = {*json.loads(index.read_bytes())['weight_map'].values()}
-                parts = [Path(folder, name) for name in names]
-            for part in [whole] if whole.exists() else parts:
-                safe = ending == '.safetensors'
-                sd |= load_file(part) if safe else torch.load(part, 'cpu', weights_only=True)
+            if whole.exists():
+                parts = [name]
+            elif index.exists():
+                parts = {*json.loads(index.read_bytes())['weight_map'].values()}
+            sd = {k: v for part in parts for k, v in load(Path(folder, part)).items()}
             check(all(torch.is_tensor(v) for v in sd.values()), "expected {name: tensor}")
         except Exception as e:      # each library has its own types
             raise UserError(f"{whole} is damaged or not a model's weights ({one_line(e)})")
@@ -529,8 +527,7 @@ def write(path, content):
     except (OSError, RuntimeError, SafetensorError) as e:   # a full disk has three names
         raise UserError(f"{path} cannot be written ({one_line(e)}); what was there is intact")
     finally:
-        if os.path.exists(tmp):
-            os.remove(tmp)
+        Path(tmp).unlink(missing_ok=True)
 
 def probe(path):
     """Raises UserError if `path` cannot be written: before the hours of work, not after them."""
@@ -549,12 +546,10 @@ def load_checkpoint(out_dir):
     check(os.path.exists(path), f"no checkpoint {path}: expected an out_dir of train.py")
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
-        nanogpt = 'iter_num' in ckpt or any('transformer.' in k for k in ckpt['model'])
-    except Exception as e:      # damage has many names: RuntimeError, EOFError, UnpicklingError
-        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({type(e).__name__})")
-    check(not nanogpt, f"{path} is nanoGPT's, whose GELU is not GPT-2's: it would compute another "
-                       f"function; expected an out_dir of our train.py or a Hugging Face folder")
-    check(isinstance(ckpt.get('model_args'), dict), f"{path} lacks model_args: not train.py's")
+        check('iter_num' not in ckpt, "nanoGPT's, whose GELU is not GPT-2's")
+        GPT2Config(**ckpt['model_args'])
+    except Exception as e:      # damage has many names, and torch's text is a page
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({one_line(e, 60)})")
     return ckpt
 
 # -----------------------------------------------------------------------------
@@ -571,28 +566,29 @@ def one_line(e, most=300):
     """An exception's message on one line, of at most so many characters."""
     return ' '.join(str(e).split())[:most] or type(e).__name__
 
+# trouble of the machine: how its type and message read, and what to tell a person
+TROUBLE = {
+    "MemoryError|out of memory|ALLOC_FAILED|can't allocate memory|not enough memory":
+        "out of memory: type a smaller --batch_size or --gradient_checkpointing=True",
+    r'^torch\._(inductor|dynamo)':
+        "torch.compile failed; it needs a C++ compiler and one graph: type --compile=False",
+    'closed by peer|gloo|NCCL':
+        "lost the other processes of this run; the one that failed says why"}
+
 def trouble(e):
     """What to tell a person of an exception, on one line; None if it is a fault of the program."""
-    text = one_line(e)
     if isinstance(e, UserError):
-        return ' '.join(str(e).split())
-    full = "out of memory|ALLOC_FAILED|can't allocate memory|not enough memory"
-    memory = isinstance(e, RuntimeError) and re.search(full, str(e))
-    if memory or isinstance(e, (MemoryError, torch.OutOfMemoryError)):
-        return (f"out of memory ({text[:120]}): train.py takes less with a smaller --batch_size or "
-                f"--gradient_checkpointing=True")
-    if type(e).__module__.startswith(('torch._inductor', 'torch._dynamo')):
-        return (f"torch.compile failed ({text}): type --compile=False. It needs a C++ compiler "
-                f"and a model that is one graph")
-    if isinstance(e, RuntimeError) and re.search('closed by peer|gloo|NCCL', text):
-        return f"lost the other processes of this run; the one that failed says why ({text})"
+        return one_line(e, None)
     if isinstance(e, OSError):
-        return f"{e.strerror or text}{f': {e.filename}' if e.filename else ''}"
+        return f"{e.strerror or one_line(e)}{f': {e.filename}' if e.filename else ''}"
+    if isinstance(e, (RuntimeError, MemoryError)):
+        for pattern, advice in TROUBLE.items():
+            if re.search(pattern, f'{type(e).__module__}.{type(e).__name__}: {e}'):
+                return f"{advice} ({one_line(e)})"
     return "interrupted" if isinstance(e, KeyboardInterrupt) else None
 
 def command(main):
     """Decorates a script's main(argv): --help prints its docstring, trouble one line, status 2."""
-    @functools.wraps(main)
     def wrapped(argv=None):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, 'reconfigure'):  # what a terminal cannot print must not end a run
