@@ -363,8 +363,8 @@ class GPT2(nn.Module):
         if args['tie_word_embeddings']:     # stored under either name, or both
             wte = sd.setdefault('wte.weight', sd.get('lm_head.weight'))
             head = sd.setdefault('lm_head.weight', wte)
-            check(wte is not None and torch.equal(wte, head), f"{folder}: wte.weight and "
-                  f"lm_head.weight, which config.json ties, are missing or differ")
+            check(wte is not None and torch.equal(wte, head),
+                  f"{folder}: wte.weight and lm_head.weight, which are tied, are missing or differ")
         return cls.from_state(args, sd, folder, ln_mode, dropout)
 
     @classmethod
@@ -569,7 +569,7 @@ def one_line(e, most=300):
 # trouble of the machine: how its type and message read, and what to tell a person
 TROUBLE = {
     "MemoryError|out of memory|ALLOC_FAILED|can't allocate memory|not enough memory":
-        "out of memory: type a smaller --batch_size or --gradient_checkpointing=True",
+        "out of memory: give train.py a smaller --batch_size or --gradient_checkpointing=True",
     r'^torch\._(inductor|dynamo)':
         "torch.compile failed; it needs a C++ compiler and one graph: type --compile=False",
     'closed by peer|gloo|NCCL':
