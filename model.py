@@ -373,13 +373,12 @@ class GPT2(nn.Module):
         config = GPT2Config(**model_args | {'dropout': dropout})
         model = cls._build(config, {k: v.float() for k, v in sd.items()}, source)
         # dividing by sqrt(var + 1e12) is dividing by the constant 1e6: a removed LN
-        if config.ln_mode == 'real' and config.layer_norm_epsilon >= 1e6:
+        free = config.ln_mode == 'real' and config.layer_norm_epsilon >= 1e6
+        if free or ln_mode == 'none' and config.ln_mode != 'none':
             model = model.fold_ln()
         here = model.config.ln_mode
         if ln_mode in (None, here):
             return model
-        if ln_mode == 'none':
-            return model.fold_ln()
         gone = here == 'none' or here == 'fake' and any(model.sites().values())
         check(not gone, f"{source} cannot become {ln_mode!r}, for its LayerNorm is gone")
         model.config = replace(config, ln_mode=ln_mode)
@@ -615,8 +614,7 @@ def main(argv):
     check(not os.path.exists(folder), f"{folder} exists: choose another name, or move it away")
     model = GPT2.from_pretrained(source, 'none' if flags else None)
     model.save_pretrained(folder, companions(source), 1e8 if '--float16' in flags else HF_EPS)
-    left = len(model.sites_left()) or 'no'
-    print(f"{folder}: {model.num_params():,} parameters, {left} LayerNorm sites")
+    print(f"{folder}: {model.num_params():,} parameters, {len(model.sites_left())} LayerNorm sites")
 
 if __name__ == '__main__':
     main()
