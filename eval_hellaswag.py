@@ -18,11 +18,11 @@ Two conventions are in use. (Published for GPT-2 small: 28.59%, 29.55% and 28.92
 """
 import argparse
 import json
-import math
 import os
 import re
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import requests
@@ -46,14 +46,12 @@ def clean(text):
     """WikiHow's markup as the harness reads it: a title starts a sentence, other brackets go."""
     return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
 
-
 def texts(question, style):
     """-> (context, the four endings)."""
     if style == 'completion':
         return question['ctx'], question['endings']
     context = f"{question['activity_label']}: {question['ctx_a']} {question['ctx_b'].capitalize()}"
     return clean(context), [clean(e) for e in question['endings']]
-
 
 def tokens(context, ending, style, encode):
     """-> (the context's token ids, the ending's), of the two joined by a space."""
@@ -62,7 +60,6 @@ def tokens(context, ending, style, encode):
     # a context that ends in spaces gives them to the ending, and the two are encoded as one text
     head, whole = encode(context.rstrip()), encode(context + ' ' + ending)
     return head, whole[len(head):]
-
 
 def rows(questions, encode, block_size):
     """-> [(ids, n_scored, lost)]: question q, style s and ending e are row (q * 2 + s) * 4 + e.
@@ -118,77 +115,59 @@ def score(model, rows, device, batch_tokens):
                         f"{STYLES[i // 4 % 2]} style, ending {i % 4}")
     return total
 
-
 def accuracies(questions, rows, sums):
     """{'acc': .., 'acc_stderr': .., 'acc_norm': .., ...}, and the scores behind them."""
     labels = np.array([int(q['label']) for q in questions])
     sums = np.asarray(sums).reshape(-1, 2, 4)                       # question, style, ending
-    n_tokens = np.array([n for _, n, _ in rows]).reshape(-1, 2, 4)
-    n_chars = np.array([[len(e) for e in texts(q, 'harness')[1]] for q in questions])
+    lengths = np.array([n for _, n, _ in rows]).reshape(-1, 2, 4)   # in tokens, but:
+    lengths[:, 1] = [[len(e) for e in texts(q, 'harness')[1]] for q in questions]   # characters
     with np.errstate(divide='ignore', invalid='ignore'):  # an ending of brackets has no characters
-        metrics = {'acc': sums[:, 0], 'acc_norm': sums[:, 0] / n_tokens[:, 0],
-                   'harness_acc': sums[:, 1], 'harness_acc_norm': sums[:, 1] / n_chars}
+        means = sums / lengths
+    metrics = {'acc': sums[:, 0], 'acc_norm': means[:, 0],
+               'harness_acc': sums[:, 1], 'harness_acc_norm': means[:, 1]}
     result = {}
     for name, scores in metrics.items():
         right, n = scores.argmax(1) == labels, len(labels)
         result[name] = right.mean().item()
         result[name + '_stderr'] = (right.std(ddof=1) / np.sqrt(n)).item() if n > 1 else None
-    scores = [{'label': int(l),
-               'completion': {'loglikelihood': s[0].tolist(), 'tokens': t[0].tolist()},
-               'harness': {'loglikelihood': s[1].tolist(), 'characters': c.tolist()}}
-              for l, s, t, c in zip(labels, sums, n_tokens, n_chars)]
+    scores = [{'label': int(label), 'completion': {'loglikelihood': s[0], 'tokens': k[0]},
+               'harness': {'loglikelihood': s[1], 'characters': k[1]}}
+              for label, s, k in zip(labels, sums.tolist(), lengths.tolist())]
     return result, scores
 
 # -----------------------------------------------------------------------------
 # The questions.
 
-def checked(q):
-    """The question itself. Raises an exception if it is none."""
-    good = {k: isinstance(q[k], str) for k in ('activity_label', 'ctx_a', 'ctx_b', 'ctx')}
-    good['endings'] = [type(e) for e in q['endings']] == [str] * 4
-    good['label'] = str(q['label']) in ('0', '1', '2', '3')
-    for k in good:
-        check(good[k], f"{k} is {q[k]!r}")
-    return q
-
-
-def read(path, limit=None):
-    """The questions of a .jsonl file. Raises UserError with the number of a line that is none."""
-    questions, n = [], 0
-    try:
-        with open(path, encoding='utf-8-sig') as f:
-            for n, line in enumerate(f, 1):
-                if line.strip() and len(questions) < (limit or math.inf):
-                    questions.append(checked(json.loads(line)))
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text: {e}")
-    except (ValueError, TypeError, KeyError, RecursionError) as e:
-        raise UserError(f"{path}, line {n} is no question with 4 endings and a label from 0 to 3: "
-                        f"{type(e).__name__}: {one_line(e)}")
-    check(questions, f"{path} holds no questions")
+def parse(text, source, limit=None):
+    """The questions in the bytes of a .jsonl file. UserError tells the number of a bad line."""
+    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    check(lines, f"{source} holds no questions")
+    questions = []
+    for n, line in lines[:limit]:
+        try:
+            q = json.loads(line)
+            found = [q[k] for k in ('activity_label', 'ctx_a', 'ctx_b', 'ctx')] + [*q['endings']]
+            check([type(t) for t in found] == [str] * 8, "expected 4 texts and 4 endings")
+            check(str(q['label']) in [*'0123'], f"label is {q['label']!r}; expected 0 to 3")
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
+            raise UserError(f"{source}, line {n}: no question ({type(e).__name__}: {one_line(e)})")
+        questions.append(q)
     return questions
 
-
-def download(url, path, attempts=5):
+def download(url, path):
     """Fetches the official validation file to `path`, which stands there only when complete."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    new = path + '.new'
-    for attempt in range(attempts):
+    for seconds in (1, 2, 4, 8, 0):     # until the next attempt
         try:
-            answer = requests.get(url, timeout=(10, 60), stream=True)
+            answer = requests.get(url, timeout=(10, 60), stream=True)   # the status comes first
             answer.raise_for_status()
-            write(new, answer.content)
-            n = len(read(new))
+            n = len(parse(answer.content, url))
             check(n == QUESTIONS, f"{n} questions, expected {QUESTIONS}")
-            return os.replace(new, path)
+            return write(path, answer.content)
         except (requests.RequestException, UserError) as e:
             reason = one_line(e)
             if isinstance(e, requests.HTTPError) and e.response.status_code < 500:
                 break       # not there, or not for us: asking again does not help
-            time.sleep(2 ** attempt * (attempt + 1 < attempts))
-        finally:
-            if os.path.exists(new):
-                os.remove(new)
+            time.sleep(seconds)
     raise UserError(f"cannot download the questions ({reason}): put the official file at {path} "
                     f"or type --data=FILE.jsonl")
 
@@ -202,7 +181,6 @@ def tokenizer_of(source, vocab_size):
     check(gpt2 or vocab_size == 257, f"{source} has {vocab_size} tokens and no tokenizer; GPT-2 "
                                      f"has 50257: put its tokenizer.json into its folder")
     return get_tokenizer('gpt2' if gpt2 else 'bytes')
-
 
 @command
 def main(argv):
@@ -228,7 +206,7 @@ def main(argv):
     try:
         if WORLD > 1:
             dist.init_process_group('gloo')     # so that all wait for the file
-        questions = read(o.data, o.limit)
+        questions = parse(Path(o.data).read_bytes(), o.data, o.limit)
         if o.json and RANK == 0:
             probe(o.json)
         t0 = time.time()
@@ -244,20 +222,18 @@ def main(argv):
     if RANK > 0:
         return
     result, scores = accuracies(questions, all_rows, sums)
-    n, lost = len(questions), [lost > 0 for _, _, lost in all_rows]
-    truncated = sum(any(lost[q * 8:q * 8 + 8]) for q in range(n))
+    n, lost = len(questions), np.array([lost for _, _, lost in all_rows])
+    truncated = (lost.reshape(n, 8) > 0).any(1).sum().item()
     if o.json:
         result |= {'model': source, 'questions': n, 'truncated': truncated, 'scores': scores}
         write(o.json, json.dumps(result).encode())
     print(f"{source}: {n:,} questions of HellaSwag in {time.time() - t0:.0f} s")
     if truncated:
-        print(f"questions longer than the model's context of {model.config.block_size} tokens, "
-              f"which lost some on the left: {truncated:,}")
+        print(f"questions longer than the context, which lost some on the left: {truncated:,}")
     print(f"\n{'':<18}{'accuracy':>10}{'std. error':>12}")
     for name in ('acc', 'acc_norm', 'harness_acc', 'harness_acc_norm'):
         error = '' if n == 1 else f"{result[name + '_stderr']:.2%}"
         print(f"{name:<18}{result[name]:>10.2%}{error:>12}")
-
 
 if __name__ == '__main__':
     main()

@@ -28,7 +28,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
-
 @dataclass
 class GPT2Config:
     block_size: int = 1024
@@ -44,16 +43,15 @@ class GPT2Config:
     hf: dict = field(default_factory=dict)  # the rest of the config.json it came from
 
     def __post_init__(self):
+        def need(name, good, expected):
+            check(good, f"{name} is {getattr(self, name)!r}; expected {expected}")
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             n = getattr(self, name)
-            check(type(n) is int and n >= 1, f"{name} is {n!r}; expected a whole number from 1")
-        for name, good, expected in (
-                ('ln_mode', self.ln_mode in ('real', 'fake', 'none'), "'real', 'fake' or 'none'"),
-                ('n_embd', self.n_embd % self.n_head == 0, f"a multiple of n_head, {self.n_head}"),
-                ('dropout', 0 <= self.dropout < 1, "a number from 0 up to 1"),
-                ('layer_norm_epsilon', self.layer_norm_epsilon > 0, "a number above 0"),
-                ('tie_word_embeddings', type(self.tie_word_embeddings) is bool, "true or false")):
-            check(good, f"{name} is {getattr(self, name)!r}; expected {expected}")
+            need(name, type(n) is int and n >= 1, "a whole number from 1")
+        need('n_embd', self.n_embd % self.n_head == 0, f"a multiple of n_head, {self.n_head}")
+        need('ln_mode', self.ln_mode in ('real', 'fake', 'none'), "'real', 'fake' or 'none'")
+        need('layer_norm_epsilon', self.layer_norm_epsilon > 0, "a number above 0")
+        need('tie_word_embeddings', type(self.tie_word_embeddings) is bool, "true or false")
         self.tie_word_embeddings &= self.ln_mode != 'none'
         if self.eot_token_id is None:
             padded = 50257 < self.vocab_size < 50257 + 128      # some pad GPT-2's vocabulary
@@ -75,7 +73,6 @@ class GPT2Config:
 TOKEN, BOS, EOT = 0, 1, 2       # ordinary; position 0; end-of-text, also at position 0
 KINDS = ('token', 'bos', 'eot')
 HF_EPS = 1e12                   # of the published LN-free models: sqrt(var + 1e12) is just 1e6
-
 
 class LayerNorm(nn.Module):
     def __init__(self, config, sides=('',)):
@@ -134,7 +131,6 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).contiguous().view(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -145,7 +141,6 @@ class MLP(nn.Module):
     def forward(self, x):
         # GPT-2 uses the tanh form of GELU; the exact one is off by up to 5e-4, which logits show
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')))
-
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -161,7 +156,6 @@ class Block(nn.Module):
         (y,), std_2 = self.ln_2(x, kind)
         return x + self.mlp(y), [std_1, std_2]
 
-
 class GPT2(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -176,10 +170,9 @@ class GPT2(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.ln_mode == 'none')
         self._tie()
         for name, p in self.named_parameters():     # GPT-2's initialisation
-            if name.endswith('c_proj.weight'):      # 2 * n_layer of them add up in the residuals
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+            if p.dim() == 2:    # 2 * n_layer of the c_proj add up in the residual stream
+                n = 2 * config.n_layer if name.endswith('c_proj.weight') else 1
+                nn.init.normal_(p, std=0.02 / math.sqrt(n))
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
@@ -244,8 +237,7 @@ class GPT2(nn.Module):
     def crop_block_size(self, block_size):
         """Shortens the context to block_size tokens, by dropping the last position embeddings."""
         n = self.config.block_size
-        check(block_size <= n, f"block_size is {block_size}; the model's context is {n} tokens: "
-                               f"type --block_size={n} or less")
+        check(block_size <= n, f"block_size is {block_size}: type --block_size={n} or less")
         self.config.block_size = self.wpe.num_embeddings = block_size
         self.wpe.weight = nn.Parameter(self.wpe.weight[:block_size].detach().clone())
 
@@ -268,10 +260,9 @@ class GPT2(nn.Module):
 
     def sites_left(self):
         """The sites where a LayerNorm still divides, at least in part, by the token's own std."""
-        if self.config.ln_mode == 'fake':
-            return [site for site, gate in self.sites().items() if gate != 1]
-        lns = self.layernorms() if self.config.ln_mode == 'real' else {}
-        return [name + side for name, ln in lns.items() for side in ln.sides]
+        return [name + side for name, ln in self.layernorms().items()
+                for i, side in enumerate(ln.sides)
+                if ln.mode == 'real' or ln.mode == 'fake' and ln.gate[i] != 1]
 
     @torch.no_grad()
     def fold_ln(self):
@@ -284,60 +275,55 @@ class GPT2(nn.Module):
         """
         stock = self._stock(HF_EPS)
         s = math.sqrt(stock.config.layer_norm_epsilon)      # the constant that _stock divides by
-        check(s >= 1e3, "cannot be folded: all sites still divide by the token's own std")
-        sd = {k: v.cpu() for k, v in stock.state_dict().items()}    # mps has no float64
+        check(s >= 1e3, "cannot fold: each LayerNorm still divides by the token's own std")
+        sd = {k: v.to('cpu', copy=True) for k, v in stock.state_dict().items()}  # mps lacks float64
         for name, reader in self._readers():
             w, b = (sd.pop(f'{name}.{p}').double() for p in ('weight', 'bias'))
-            dtype = sd[f'{reader}.weight'].dtype
-            W = sd[f'{reader}.weight'].double()
-            c = sd.get(f'{reader}.bias', W.new_zeros(len(W))).double()
+            W = sd[f'{reader}.weight']
+            c = sd.get(f'{reader}.bias', W.new_zeros(len(W)))
             Ws = W * (w / s)
-            sd[f'{reader}.weight'] = (Ws - Ws.mean(1, keepdim=True)).to(dtype)
-            sd[f'{reader}.bias'] = (c + W @ b).to(dtype)
-        config = replace(self.config, ln_mode='none')
-        model = self._build(config, {k: v.clone() for k, v in sd.items()}, 'the folded model')
+            sd[f'{reader}.weight'] = (Ws - Ws.mean(1, keepdim=True)).to(W.dtype)
+            sd[f'{reader}.bias'] = (c + W.double() @ b).to(W.dtype)
+        model = self._build(replace(self.config, ln_mode='none'), sd, 'the folded model')
         return model.to(self.wte.weight.device).train(self.training)
 
     @torch.no_grad()
     def _stock(self, eps):
         """The same function as a 'real' model: a huge eps makes sqrt(var + eps) a constant.
 
-        Raises UserError where there is none: a removal half done, special constants, parts that
-        GPT-2 lacks, a 'none' model that reads the residual stream's mean.
+        Raises UserError where there is none: a removal half done, special constants, an edited
+        LayerNorm, a 'none' model that reads the residual stream's mean.
         """
         c, lns = self.config, self.layernorms()
         sd = {k: v for k, v in self.state_dict().items() if not k.endswith(('.gate', '.std'))}
         if c.ln_mode == 'none':
             self._put_back(sd, math.sqrt(eps))
+            lns = {}
         elif c.ln_mode == 'real' or not any(self.sites().values()):
             eps = c.layer_norm_epsilon
         else:
-            left = self.sites_left()
-            check(not left, f"{len(left)} of {len(self.sites())} sites ({' '.join(left[:3])} ...) "
-                            f"still divide by the token's own std; only ckpt.pt holds such a model")
+            left, n = len(self.sites_left()), len(self.sites())
+            check(left == 0, f"{left} of {n} sites still divide by the token's own std")
             for name, ln in lns.items():
-                check((ln.std == ln.std[TOKEN]).all(),
-                      f"{name} still has constants of its own for position 0 or end-of-text")
                 sd[f'{name}.weight'] = ln.weight * (math.sqrt(eps) / ln.std[TOKEN])
-        x = torch.randn(len(KINDS), 8, c.n_embd, device=self.wte.weight.device) + 1
-        kind = torch.arange(len(KINDS), device=x.device)[:, None].expand(-1, 8)     # a row of each
-        for name, ln in lns.items() if c.ln_mode != 'none' else ():
+        x = torch.randn(1, len(KINDS), c.n_embd, device=self.wte.weight.device) + 1
+        kind = torch.arange(len(KINDS), device=x.device)[None]      # (1, 3): a token of each
+        for name, ln in lns.items():
             stock = F.layer_norm(x, x.shape[-1:], sd[f'{name}.weight'], ln.bias, eps)
             for y in ln(x, kind)[0]:    # our code may have been edited: believe the numbers
-                check((y - stock).abs().max() <= 1e-3 * stock.abs().max(),
-                      f"{name} computes what no stock LayerNorm computes; only ckpt.pt holds it")
+                check((y - stock).abs().max() <= 1e-4 * stock.abs().max(), f"{name} is no stock "
+                      f"LayerNorm: edited, or with constants of position 0 or end-of-text")
         config = replace(c, ln_mode='real', layer_norm_epsilon=eps)
         return self._build(config, sd, "transformers' GPT-2 cannot hold this model")
 
     def _put_back(self, sd, s):
         """Gives a 'none' model's state dict LayerNorms that divide by s, and do nothing else."""
-        C, device = self.config.n_embd, self.wte.weight.device
+        C = self.config.n_embd
         for name, reader in self._readers():
-            W = sd[f'{reader}.weight'].cpu().double()
+            W = sd[f'{reader}.weight'].float()
             check((W.sum(1).abs() <= 1e-4 * W.norm(dim=1) * math.sqrt(C)).all(),
                   f"{reader} reads the residual stream's mean, which stock LayerNorm subtracts")
-            w_b = torch.tensor([[s], [0.0]], device=device).expand(2, C).contiguous()
-            sd[f'{name}.weight'], sd[f'{name}.bias'] = w_b
+            sd[f'{name}.weight'], sd[f'{name}.bias'] = W.new_full((C,), s), W.new_zeros(C)
         # A stock lm_head has no bias. Its rows have mean zero and meet vectors of mean zero, so a
         # constant u added to a row changes nothing, until ln_f adds 1 to each of the C entries:
         # then it adds C u. u = bias / C.
@@ -375,33 +361,27 @@ class GPT2(nn.Module):
         sd = {cls.PREFIXES.sub('', k): v.t() if cls.CONV1D.search(k) and v.dim() == 2 else v
               for k, v in sd.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
         if args['tie_word_embeddings']:     # stored under either name, or both
-            both = [sd[k] for k in ('wte.weight', 'lm_head.weight') if k in sd]
-            check(both, f"{folder}: the weights lack wte.weight; they begin with {[*sd][:2]}")
-            check(both[0].shape == both[-1].shape and torch.equal(both[0], both[-1]),
-                  f"{folder}: config.json ties wte.weight to lm_head.weight; expected one matrix")
-            sd['wte.weight'] = sd['lm_head.weight'] = both[0]
+            wte = sd.setdefault('wte.weight', sd.get('lm_head.weight'))
+            head = sd.setdefault('lm_head.weight', wte)
+            check(wte is not None and torch.equal(wte, head),
+                  f"{folder}: wte.weight and lm_head.weight, which are tied, are missing or differ")
         return cls.from_state(args, sd, folder, ln_mode, dropout)
 
     @classmethod
     def from_state(cls, model_args, sd, source, ln_mode=None, dropout=0.0):
         """A model of GPT2Config's fields and a state dict, in ln_mode if that changes no logit."""
-        try:
-            config = GPT2Config(**{**model_args, 'dropout': dropout})
-        except TypeError as e:
-            raise UserError(f"{source} is a checkpoint of another program: {e}")
+        config = GPT2Config(**model_args | {'dropout': dropout})
         model = cls._build(config, {k: v.float() for k, v in sd.items()}, source)
         # dividing by sqrt(var + 1e12) is dividing by the constant 1e6: a removed LN
         free = config.ln_mode == 'real' and config.layer_norm_epsilon >= 1e6
-        here = 'without LayerNorm' if free else config.ln_mode
-        want = ln_mode or ('none' if free else here)
-        if want == here:
+        if free or ln_mode == 'none' and config.ln_mode != 'none':
+            model = model.fold_ln()
+        here = model.config.ln_mode
+        if ln_mode in (None, here):
             return model
-        if want == 'none' and here != 'real':
-            return model.fold_ln()
-        as_real = here == 'real' or here == 'fake' and not any(model.sites().values())
-        why = "LayerNorm still divides there" if want == 'none' else "its LayerNorm is gone"
-        check(as_real and want != 'none', f"{source} cannot become {want!r}, for {why}")
-        model.config = replace(config, ln_mode=want)
+        gone = here == 'none' or here == 'fake' and any(model.sites().values())
+        check(not gone, f"{source} cannot become {ln_mode!r}, for its LayerNorm is gone")
+        model.config = replace(config, ln_mode=ln_mode)
         for name, ln in model.layernorms().items():     # what is not LayerNorm's own begins fresh
             new = LayerNorm(model.config, ln.sides)
             new.weight, new.bias = ln.weight, ln.bias
@@ -419,7 +399,6 @@ class GPT2(nn.Module):
             model.load_state_dict({k: v.contiguous() for k, v in sd.items()}, assign=True)
         except (RuntimeError, TypeError) as e:  # torch lists what is missing, unexpected, misshapen
             raise UserError(f"{source}: {one_line(e)}")
-        model.requires_grad_(True)
         model._tie()        # assigning gave wte and lm_head a parameter each
         return model
 
@@ -444,12 +423,11 @@ class GPT2(nn.Module):
             **{f'{part}_pdrop': c.dropout for part in ('resid', 'embd', 'attn')},
             **{k: getattr(stock.config, k) for k in CONFIG_KEYS}}
         ids = {k: v for k, v in config.items() if re.fullmatch('(bos|eos|pad)_token_id', k)}
-        for name, content in ({'generation_config.json': json.dumps(ids).encode()} | files).items():
+        files = {'generation_config.json': json.dumps(ids).encode(), **files,
+                 'model.safetensors': lambda tmp: save_file(sd, tmp, metadata={'format': 'pt'}),
+                 'config.json': json.dumps(config, indent=2).encode()}  # last: now it is a model
+        for name, content in files.items():
             write(os.path.join(folder, name), content)
-        write(os.path.join(folder, 'model.safetensors'),
-              lambda tmp: save_file(sd, tmp, metadata={'format': 'pt'}))
-        # last: only now it is a model
-        write(os.path.join(folder, 'config.json'), json.dumps(config, indent=2).encode())
 
 # what a model's folder brings beside config.json and weights
 COMPANIONS = ('*token*.json', 'vocab.*', 'merges.txt', '*.model', 'chat_template*',
@@ -461,7 +439,6 @@ OUR_NAMES = {'n_positions': 'block_size', 'max_position_embeddings': 'block_size
              'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer',
              'num_attention_heads': 'n_head'}
 
-
 def companions(source):
     """{file name: bytes}: a MODEL's tokenizer files, chat template and generation config.
 
@@ -470,10 +447,8 @@ def companions(source):
     source = os.path.expanduser(source)
     run = os.path.exists(os.path.join(source, 'ckpt.pt'))
     folder = Path(source, 'tokenizer') if run else Path(local_folder(source))
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {f.name: f.read_bytes() for f in files
-            if f.is_file() and any(f.match(pattern) for pattern in COMPANIONS)}
-
+    return {f.name: f.read_bytes() for pattern in COMPANIONS
+            for f in sorted(folder.glob(pattern)) if f.is_file()}
 
 def local_folder(name):
     """The folder itself, or the one into which the hub's library downloads a model of this name."""
@@ -481,16 +456,14 @@ def local_folder(name):
         return name
     from huggingface_hub import snapshot_download
     check(not os.path.isfile(name), f"{name} is a file: name the folder that it lies in")
+    wanted = ['config.json', *COMPANIONS, 'model*.safetensors*']
     try:
-        wanted = ['config.json', *COMPANIONS, 'model*.safetensors*']
         folder = snapshot_download(name, allow_patterns=wanted)
-        there = os.listdir(folder) if os.path.isdir(folder) else []
-        if not any('.safetensors' in f for f in there):
-            folder = snapshot_download(name, allow_patterns=wanted + ['pytorch_model*.bin*'])
+        if not any(Path(folder).glob('*.safetensors')):
+            snapshot_download(name, allow_patterns=[*wanted, 'pytorch_model*.bin*'])
         return folder
     except Exception as e:      # the many ways of not being there: offline, unknown, private
         raise UserError(f"{name} is no folder here, and no model on the hub ({one_line(e)})")
-
 
 def _read_config(folder):
     """GPT2Config's fields from config.json; the defaults of both are the same."""
@@ -498,37 +471,34 @@ def _read_config(folder):
     check(path.exists(), f"{folder} has no config.json: expected a Hugging Face folder or out_dir")
     try:
         hf = {OUR_NAMES.get(k, k): v for k, v in json.loads(path.read_bytes()).items()}
-        args = {k: hf.pop(k) for k in ('block_size', *CONFIG_KEYS) if k in hf}
-        args = asdict(GPT2Config(**args))
+        c = GPT2Config(**{k: hf.pop(k) for k in ('block_size', *CONFIG_KEYS) if k in hf})
     except (ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is not the config.json of a GPT-2 ({one_line(e)})")
     # what would change the computation, with the values that this model has
     for key, good in {
             'model_type': ('gpt2',), 'activation_function': ('gelu_new', 'gelu_pytorch_tanh'),
-            'n_inner': (None, 4 * args['n_embd']), 'scale_attn_weights': (True,),
+            'n_inner': (None, 4 * c.n_embd), 'scale_attn_weights': (True,),
             'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,)}.items():
         check(hf.get(key, good[0]) in good, f"{path}: {key} is {hf.get(key)!r}, not {good[0]!r}")
-    hf = {'bos_token_id': 50256, 'eos_token_id': 50256} | hf
-    eot = hf['eos_token_id']
+    c.hf = {'bos_token_id': 50256, 'eos_token_id': 50256, **hf}
+    for key in ('n_ctx', 'n_inner', 'torch_dtype', 'transformers_version'):
+        c.hf.pop(key, None)
+    eot = c.hf['eos_token_id']
     eot = eot[0] if isinstance(eot, list) and eot else eot
-    if type(eot) is int and 0 <= eot < args['vocab_size']:
-        args['eot_token_id'] = eot
-    dropped = ('n_ctx', 'n_inner', 'torch_dtype', 'transformers_version')
-    return args | {'hf': {k: v for k, v in hf.items() if k not in dropped}}
-
+    c.eot_token_id = eot if eot in range(c.vocab_size) else c.eot_token_id
+    return vars(c)
 
 def _read_weights(folder):
     """{name: tensor} of model.safetensors or else pytorch_model.bin, whole or in shards."""
-    for stem, ending in (('model', '.safetensors'), ('pytorch_model', '.bin')):
-        whole, sd = Path(folder, stem + ending), {}
+    load_bin = functools.partial(torch.load, map_location='cpu', weights_only=True)
+    for name, load in (('model.safetensors', load_file), ('pytorch_model.bin', load_bin)):
+        whole, index, parts = Path(folder, name), Path(folder, f'{name}.index.json'), []
         try:
-            index, parts = Path(f'{whole}.index.json'), Path(folder).glob(f'{stem}-*{ending}')
-            if index.exists():      # shards of an older model may lie beside
-                names = {*json.loads(index.read_bytes())['weight_map'].values()}
-                parts = [Path(folder, name) for name in names]
-            for part in [whole] if whole.exists() else parts:
-                safe = ending == '.safetensors'
-                sd |= load_file(part) if safe else torch.load(part, 'cpu', weights_only=True)
+            if whole.exists():
+                parts = [name]
+            elif index.exists():
+                parts = {*json.loads(index.read_bytes())['weight_map'].values()}
+            sd = {k: v for part in parts for k, v in load(Path(folder, part)).items()}
             check(all(torch.is_tensor(v) for v in sd.values()), "expected {name: tensor}")
         except Exception as e:      # each library has its own types
             raise UserError(f"{whole} is damaged or not a model's weights ({one_line(e)})")
@@ -556,9 +526,7 @@ def write(path, content):
     except (OSError, RuntimeError, SafetensorError) as e:   # a full disk has three names
         raise UserError(f"{path} cannot be written ({one_line(e)}); what was there is intact")
     finally:
-        if os.path.exists(tmp):
-            os.remove(tmp)
-
+        Path(tmp).unlink(missing_ok=True)
 
 def probe(path):
     """Raises UserError if `path` cannot be written: before the hours of work, not after them."""
@@ -566,12 +534,10 @@ def probe(path):
     write(path + '.probe', b'')
     os.remove(path + '.probe')
 
-
 def save_checkpoint(out_dir, model, **extra):
     """Writes out_dir/ckpt.pt, whole or not at all: `extra` may be tensors and plain values only."""
     ckpt = {'model_args': asdict(model.config), 'model': model.state_dict(), **extra}
     write(os.path.join(out_dir, 'ckpt.pt'), lambda tmp: torch.save(ckpt, tmp))
-
 
 def load_checkpoint(out_dir):
     """What save_checkpoint wrote, on the CPU. Raises UserError if it is missing or damaged."""
@@ -579,12 +545,10 @@ def load_checkpoint(out_dir):
     check(os.path.exists(path), f"no checkpoint {path}: expected an out_dir of train.py")
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
-        nanogpt = 'iter_num' in ckpt or any('transformer.' in k for k in ckpt['model'])
-    except Exception as e:      # damage has many names: RuntimeError, EOFError, UnpicklingError
-        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({type(e).__name__})")
-    check(not nanogpt, f"{path} is nanoGPT's, whose GELU is not GPT-2's: it would compute another "
-                       f"function; expected an out_dir of our train.py or a Hugging Face folder")
-    check(isinstance(ckpt.get('model_args'), dict), f"{path} lacks model_args: not train.py's")
+        check('iter_num' not in ckpt, "nanoGPT's, whose GELU is not GPT-2's")
+        GPT2Config(**ckpt['model_args'])
+    except Exception as e:      # damage has many names, and torch's text is a page
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({one_line(e, 60)})")
     return ckpt
 
 # -----------------------------------------------------------------------------
@@ -593,40 +557,37 @@ def load_checkpoint(out_dir):
 class UserError(ValueError):
     """What a person can mend: `command` prints it as one line and exits with status 2."""
 
-
 def check(ok, message):
     if not ok:
         raise UserError(message)
-
 
 def one_line(e, most=300):
     """An exception's message on one line, of at most so many characters."""
     return ' '.join(str(e).split())[:most] or type(e).__name__
 
+# trouble of the machine: how its type and message read, and what to tell a person
+TROUBLE = {
+    "MemoryError|out of memory|ALLOC_FAILED|can't allocate memory|not enough memory":
+        "out of memory: give train.py a smaller --batch_size or --gradient_checkpointing=True",
+    r'^torch\._(inductor|dynamo)':
+        "torch.compile failed; it needs a C++ compiler and one graph: type --compile=False",
+    'closed by peer|gloo|NCCL':
+        "lost the other processes of this run; the one that failed says why"}
 
 def trouble(e):
     """What to tell a person of an exception, on one line; None if it is a fault of the program."""
-    text = one_line(e)
     if isinstance(e, UserError):
-        return ' '.join(str(e).split())
-    full = "out of memory|ALLOC_FAILED|can't allocate memory|not enough memory"
-    memory = isinstance(e, RuntimeError) and re.search(full, str(e))
-    if memory or isinstance(e, (MemoryError, torch.OutOfMemoryError)):
-        return (f"out of memory ({text[:120]}): train.py takes less with a smaller --batch_size or "
-                f"--gradient_checkpointing=True")
-    if type(e).__module__.startswith(('torch._inductor', 'torch._dynamo')):
-        return (f"torch.compile failed ({text}): type --compile=False. It needs a C++ compiler "
-                f"and a model that is one graph")
-    if isinstance(e, RuntimeError) and re.search('closed by peer|gloo|NCCL', text):
-        return f"lost the other processes of this run; the one that failed says why ({text})"
+        return one_line(e, None)
     if isinstance(e, OSError):
-        return f"{e.strerror or text}{f': {e.filename}' if e.filename else ''}"
+        return f"{e.strerror or one_line(e)}{f': {e.filename}' if e.filename else ''}"
+    if isinstance(e, (RuntimeError, MemoryError)):
+        for pattern, advice in TROUBLE.items():
+            if re.search(pattern, f'{type(e).__module__}.{type(e).__name__}: {e}'):
+                return f"{advice} ({one_line(e)})"
     return "interrupted" if isinstance(e, KeyboardInterrupt) else None
-
 
 def command(main):
     """Decorates a script's main(argv): --help prints its docstring, trouble one line, status 2."""
-    @functools.wraps(main)
     def wrapped(argv=None):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, 'reconfigure'):  # what a terminal cannot print must not end a run
@@ -643,7 +604,6 @@ def command(main):
             sys.exit(130 if isinstance(e, KeyboardInterrupt) else 2)
     return wrapped
 
-
 @command
 def main(argv):
     flags = {a for a in argv if a.startswith('--')}
@@ -654,9 +614,7 @@ def main(argv):
     check(not os.path.exists(folder), f"{folder} exists: choose another name, or move it away")
     model = GPT2.from_pretrained(source, 'none' if flags else None)
     model.save_pretrained(folder, companions(source), 1e8 if '--float16' in flags else HF_EPS)
-    left = len(model.sites_left()) or 'no'
-    print(f"{folder}: {model.num_params():,} parameters, {left} LayerNorm sites")
-
+    print(f"{folder}: {model.num_params():,} parameters, {len(model.sites_left())} LayerNorm sites")
 
 if __name__ == '__main__':
     main()
