@@ -107,13 +107,13 @@ def write_bins(o, tokenizer, files, bar):
             continue
         found.read[kind] += 1
         if ids is None:
-            found.notes['rows without text (null), left out'] += 1
+            found.notes['rows without text (null)'] += 1
             continue
         found.largest = max(found.largest, int(ids.max(initial=0)))
-        too_large = found.largest >= tokenizer.vocab_size
-        if too_large or total + 1 >= most or as_they_are and total + len(ids) > most:
+        full = total + 1 >= most or as_they_are and total + len(ids) > most
+        if full or found.largest >= tokenizer.vocab_size:
             break
-        found.notes[f'times {tokenizer.eot_text} was written in a text, as text'] += written
+        found.notes[f'times {tokenizer.eot_text} in a text, as text'] += written
         found.notes['empty documents'] += not len(ids)
         if o.windows:
             found.window = found.window or len(ids)
@@ -146,7 +146,7 @@ def prepare(o, tokenizer):
     with open(paths[0], 'wb') as train, open(paths[1], 'wb') as val, \
             tqdm(unit=' tokens', unit_scale=True, total=o.max_tokens, disable=None) as bar:
         found = write_bins(o, tokenizer, {'train': train, 'val': val}, bar)
-    if found.largest >= tokenizer.vocab_size:       # ids that are not GPT-2's
+    if found.largest >= tokenizer.vocab_size:       # nobody named the tokenizer of these ids
         return prepare(o, Unknown())
     n = found.train['documents'] + found.val['documents']
     check(n > found.notes['empty documents'], f"nothing to read in {' '.join(o.sources)}: {n} "
@@ -164,7 +164,7 @@ def prepare(o, tokenizer):
     for name, content in tokenizer.files.items():
         write(os.path.join(o.partial, 'tokenizer', name), content)
     shutil.rmtree(os.path.join(o.folder, 'tokenizer'), ignore_errors=True)
-    for name in os.listdir(o.partial):
+    for name in sorted(os.listdir(o.partial), reverse=True):        # meta.json last
         os.replace(os.path.join(o.partial, name), os.path.join(o.folder, name))
     report(o, tokenizer, found, time.time() - started)
 
@@ -184,9 +184,10 @@ def report(o, tokenizer, found, seconds):
 
 def documents(o, limit):
     """(kind, document) of each row: a text, an array of token ids below the limit, None for null;
-    or the UserError for which a folder's file is skipped. Only a file's first tells its kind."""
+    or the UserError for which a folder's file is skipped. kind, '.txt', is '' after the first."""
     for where, rows, named in streams(o):
-        done, kind = 0, ''.join(endings(where)) or 'other' if os.path.lexists(where) else 'dataset'
+        done, ending = 0, ''.join(endings(where)) or 'other'
+        kind = ending if os.path.lexists(where) else 'dataset'
         try:
             check(named or os.path.isfile(where), "no file")    # a pipe would wait for ever
             for row in rows:
@@ -245,9 +246,9 @@ def cell(row, column, limit):
 
 FILES = ('.txt', '.text', '.md', '.jsonl', '.json', '.csv', '.tsv', '.parquet')
 COMPRESSED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
-NOT_TEXT = f"not UTF-8: try iconv -f ENCODING -t UTF-8; or bring {' '.join(FILES)}"
-BOMS = {b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32',      # before UTF-16's, which
-        b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16'}                  # begin alike
+NOT_TEXT = f"not UTF-8: try iconv -f ENCODING -t UTF-8, or bring {' '.join(FILES)}"
+BOMS = {b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32',    # before UTF-16's,
+        b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16'}                # which begin alike
 
 def endings(path):
     """('.jsonl', '.gz'): what a file holds by its name, and how it is compressed."""
@@ -532,7 +533,8 @@ def read_options(argv):
     o.source_id = hashlib.sha256(which.encode()).hexdigest()[:16]
     meta = Path(o.folder, 'meta.json')
     ours = meta.exists() and o.source_id in meta.read_text(errors='replace')
-    check(ours or not os.path.isdir(o.folder) or not os.listdir(o.folder),
+    there = os.listdir(o.folder) if os.path.isdir(o.folder) else []
+    check(ours or there in ([], ['partial']),       # a killed run leaves that
           f"{o.folder} holds data of another source: type another --name=")
     return o
 
