@@ -484,11 +484,14 @@ def end_of_text(model, files, table):
 
 def tokenizer_files(tokenizer, block_size):
     """{file name: text}: what transformers' AutoTokenizer reads, of GPT-2's BPE or bytes."""
-    eot, ranks = tokenizer.eot_text, tokenizer.ranks
-    shown = {token: ''.join(VISIBLE[b] for b in token) for token in ranks}
-    # tiktoken joins any two tokens that make a token, the lowest id first: so do these merges
-    merges = [[shown[token[:i]], shown[token[i:]]] for token in sorted(ranks, key=ranks.get)
-              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    eot, ranks, merges = tokenizer.eot_text, tokenizer.ranks, []
+    for token, rank in sorted(ranks.items(), key=lambda t: t[1]):
+        parts = [bytes([b]) for b in token]     # apply all earlier merges: two parts are left
+        while len(parts) > 2:
+            pairs = enumerate(zip(parts, parts[1:]))
+            _, i = min((ranks.get(a + b, rank), i) for i, (a, b) in pairs)
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        merges += [[''.join(VISIBLE[b] for b in p) for p in parts]] * (len(parts) == 2)
     plain = dict.fromkeys(('lstrip', 'rstrip', 'single_word', 'normalized'), False)
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
     return {
