@@ -1175,6 +1175,8 @@ def test_text_is_read_in_any_layout_and_nonsense_is_not(folder, capsys):
     assert 'body' in refused(prepare, 'raw/t.csv', '--tokenizer=bytes', capsys=capsys)
     prepare.main(['raw/t.csv', '--tokenizer=bytes', '--column=body', '--val_fraction=0'])
     assert documents_of('t', 'train', 256) == [[*b'x y z', 256]]
+    Path('raw/u.jsonl').write_text('{"text": "fine"}\n{"text": ')      # a half is not skipped
+    assert 'row 2' in refused(prepare, 'raw', '--tokenizer=bytes', '--name=x', capsys=capsys)
     assert sorted(os.listdir('data')) == ['raw', 't']
 
 def test_data_of_another_source_is_not_overwritten_and_a_link_is_followed(folder, capsys):
