@@ -485,7 +485,8 @@ def _read_config(folder):
         c.hf.pop(key, None)
     eot = c.hf['eos_token_id']
     eot = eot[0] if isinstance(eot, list) and eot else eot
-    c.eot_token_id = eot if eot in range(c.vocab_size) else c.eot_token_id
+    if type(eot) is int and 0 <= eot < c.vocab_size:
+        c.eot_token_id = eot
     return vars(c)
 
 def _read_weights(folder):
@@ -547,6 +548,7 @@ def load_checkpoint(out_dir):
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
         check('iter_num' not in ckpt, "nanoGPT's, whose GELU is not GPT-2's")
         GPT2Config(**ckpt['model_args'])
+        ckpt['model'].keys()
     except Exception as e:      # damage has many names, and torch's text is a page
         raise UserError(f"{path} is damaged or not a checkpoint of train.py ({one_line(e, 60)})")
     return ckpt
@@ -580,7 +582,7 @@ def trouble(e):
         return one_line(e, None)
     if isinstance(e, OSError):
         return f"{e.strerror or one_line(e)}{f': {e.filename}' if e.filename else ''}"
-    if isinstance(e, (RuntimeError, MemoryError)):
+    if isinstance(e, (RuntimeError, MemoryError)) or type(e).__module__.startswith('torch._'):
         for pattern, advice in TROUBLE.items():
             if re.search(pattern, f'{type(e).__module__}.{type(e).__name__}: {e}'):
                 return f"{advice} ({one_line(e)})"

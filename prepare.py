@@ -141,7 +141,8 @@ def tail_as_validation(o, found, train, val):
 def prepare(o, tokenizer):
     """Writes the folder o.partial, and then gives its files their places."""
     started = time.time()
-    os.makedirs(o.partial, exist_ok=True)
+    shutil.rmtree(o.partial, ignore_errors=True)        # of a killed run
+    os.makedirs(o.partial)
     paths = [os.path.join(o.partial, name) for name in ('train.bin', 'val.bin')]
     with open(paths[0], 'wb') as train, open(paths[1], 'wb') as val, \
             tqdm(unit=' tokens', unit_scale=True, total=o.max_tokens, disable=None) as bar:
@@ -163,9 +164,11 @@ def prepare(o, tokenizer):
     write(os.path.join(o.partial, 'meta.json'), json.dumps(meta, indent=2).encode())
     for name, content in tokenizer.files.items():
         write(os.path.join(o.partial, 'tokenizer', name), content)
-    shutil.rmtree(os.path.join(o.folder, 'tokenizer'), ignore_errors=True)
+    # links are followed, also to another disk
+    there = lambda name: os.path.realpath(os.path.join(o.folder, name))
+    shutil.rmtree(there('tokenizer'), ignore_errors=True)
     for name in sorted(os.listdir(o.partial), reverse=True):        # meta.json last
-        os.replace(os.path.join(o.partial, name), os.path.join(o.folder, name))
+        shutil.move(os.path.join(o.partial, name), there(name))
     report(o, tokenizer, found, time.time() - started)
 
 def report(o, tokenizer, found, seconds):
@@ -193,10 +196,14 @@ def documents(o, limit):
             for row in rows:
                 yield '' if done else kind, cell(row, o.column, limit)
                 done += 1
+        except (MemoryError, ImportError):      # not the file's
+            raise
         except Exception as e:      # damage has many names
-            why = NOT_TEXT if isinstance(e, UnicodeError) else one_line(e, 9000)
+            local = os.path.lexists(where)
+            why = NOT_TEXT if isinstance(e, UnicodeError) and local else one_line(e, 9000)
             problem = UserError(f"{where}, row {done + 1}: {why}" if done else f"{where}: {why}")
-            if done or named or isinstance(e, OSError) and e.filename:      # may not be read
+            unread = isinstance(e, OSError) and e.filename      # by the system's will
+            if done or named or unread or isinstance(e, OverflowError):
                 raise problem
             yield kind, problem
 
@@ -235,10 +242,12 @@ def cell(row, column, limit):
     if value is None or isinstance(value, str) and column != 'input_ids':
         return value
     ids = value if isinstance(value, list) else [value]
-    bad = [i for i in ids if type(i) is not int or not 0 <= i < limit]
+    bad = [i for i in ids if type(i) is not int or not 0 <= i < LIMIT]
     if bad or value is not ids:
         wrong = (bad or ids)[0]
-        raise ValueError(f"{column} has {wrong!r:.60}; expected text or ids below {limit}")
+        raise ValueError(f"{column} has {wrong!r:.60}; expected text or ids below {LIMIT}")
+    if max(ids, default=0) >= limit:        # a good file, but of another tokenizer
+        raise OverflowError(f"token id {max(ids)}; the tokenizer ends at {limit - 1}")
     return np.array(ids, np.uint16)
 
 # -----------------------------------------------------------------------------
@@ -318,7 +327,9 @@ def hub_rows(name, config, split):
         HfApi().dataset_info(name, timeout=20)      # an unknown name fails now, not after retries
         try:
             stream = load_dataset(name, config, split=split, streaming=True)
-        except RuntimeError:    # "Dataset scripts are no longer supported"
+        except RuntimeError as e:
+            if 'scripts are no longer supported' not in str(e):
+                raise
             files = converted(HfApi(), name, config, split)
             stream = load_dataset(name, data_files=files, split='train', streaming=True,
                                   revision=CONVERTED)
@@ -333,7 +344,8 @@ def converted(hub, name, config, split):
     folders = sorted({os.path.dirname(p) for p in paths if p.endswith('.parquet')})
     wanted = rf"{re.escape(config) if config else '[^/]+'}/(partial-)?{re.escape(split)}"
     fits = [folder for folder in folders if re.fullmatch(wanted, folder)]
-    check(len(fits) == 1, f"CONFIG/SPLIT is one of {', '.join(folders)}")
+    one = len(fits) == 1 and (config or len({os.path.dirname(f) for f in folders}) == 1)
+    check(one, f"CONFIG/SPLIT is one of {', '.join(folders)}")
     if 'partial-' in fits[0]:
         print(f"note: the hub's copy of {name} is partial: only the beginning of {split}")
     return [p for p in paths if os.path.dirname(p) == fits[0]]
@@ -520,7 +532,8 @@ def read_options(argv):
     o = parser.parse_intermixed_args(argv)
     first, local = o.sources[0], [s for s in o.sources if os.path.exists(s)]
     for s in o.sources:
-        check(s in local or endings(s)[0] not in FILES, f"no such file: {s}")
+        hub = re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', s) and endings(s)[0] not in FILES
+        check(s in local or hub, f"no such file: {s}")
     check(not local or not (o.config or o.split),
           f"--config and --split are for the hub's datasets, not for {' '.join(local)}")
     _, fraction, windows = PRESETS.get('' if first in local else first, (None, 0.01, False))
@@ -530,14 +543,14 @@ def read_options(argv):
     name = o.name or os.path.basename(os.path.abspath(first)).split('.')[0]
     check(re.fullmatch(r'\w[\w.-]*', name), f"--name={name}: expected letters, digits, . _ and -")
     o.folder = os.path.join('data', name)
-    o.partial = os.path.realpath(os.path.join(o.folder, 'partial'))
+    o.partial = os.path.realpath(os.path.join(o.folder, '.partial'))
     real = [os.path.realpath(s) if s in local else s for s in o.sources]
     which = json.dumps([real, o.config, o.split, o.column])
     o.source_id = hashlib.sha256(which.encode()).hexdigest()[:16]
     meta = Path(o.folder, 'meta.json')
     ours = meta.exists() and o.source_id in meta.read_text(errors='replace')
     there = os.listdir(o.folder) if os.path.isdir(o.folder) else []
-    check(ours or there in ([], ['partial']),       # a killed run leaves that
+    check(ours or there in ([], ['.partial']),      # a killed run leaves that
           f"{o.folder} holds data of another source: type another --name=")
     return o
 

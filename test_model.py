@@ -1192,8 +1192,13 @@ def test_data_of_another_source_is_not_overwritten_and_a_link_is_followed(folder
     assert sorted(os.listdir('disk')) == ['meta.json', 'train.bin', 'val.bin']
     assert '--name=' in refused(prepare, 'b/train.txt', '--tokenizer=bytes', capsys=capsys)
     assert Path('data/train/train.bin').read_bytes() == kept
+    os.makedirs('far')
+    shutil.move('disk/train.bin', 'far/train.bin')
+    os.symlink(os.path.abspath('far/train.bin'), 'disk/train.bin')
+    os.makedirs('disk/.partial/tokenizer')      # of a killed run
     prepare.main(['a/train.txt', '--tokenizer=bytes', '--val_fraction=0'])      # the same source
-    assert len(Path('data/train/train.bin').read_bytes()) > len(kept)
+    assert os.path.islink('disk/train.bin') and Path('far/train.bin').stat().st_size > len(kept)
+    assert not os.path.exists('disk/tokenizer')
 
 def test_rows_of_token_ids(folder, capsys):
     rng = np.random.default_rng(0)
@@ -1219,6 +1224,10 @@ def test_rows_of_token_ids(folder, capsys):
                                      + json.dumps({'input_ids': bad}))
         error = refused(prepare, 'ids.jsonl', '--tokenizer=bytes', capsys=capsys)
         assert 'row 2' in error and str(bad[0]) in error
+    os.makedirs('mixed')        # nor is a folder's file of another tokenizer skipped
+    Path('mixed/a.jsonl').write_text('{"input_ids": [1]}')
+    Path('mixed/b.jsonl').write_text('{"input_ids": [300]}')
+    assert '300' in refused(prepare, 'mixed', '--tokenizer=bytes', capsys=capsys)
 
 def test_openwebtexts_validation_documents_are_nanogpts(folder, monkeypatch):
     import datasets
@@ -1266,6 +1275,9 @@ def test_prepare_streams_from_a_hub(hub, tmp_path):
         assert 'one' in error and 'two' in error and not (tmp_path / f'data/{name}').exists()
         assert np.array_equal(prepared(name, '--config=two', f'--name={name}')[0], ids_two)
     assert 'partial' in prepared('script', '--config=two')[1]
+    publish('datasets', 'me/uneven', main={'uneven.py': b'import os'}, refs_convert_parquet={
+        'one/train/0000.parquet': one, 'two/test/0000.parquet': two})
+    assert 'two/test' in prepared('uneven', status=2)       # no configuration is chosen silently
     assert 'text' in prepared('rows', '--column=body', '--name=x', status=2)
     shards = {f'data/train-{k:05d}-of-00002.parquet': one for k in range(2)}
     publish('datasets', 'me/shards', main=shards)

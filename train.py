@@ -342,7 +342,9 @@ class Data:
     def __init__(self, cfg, device):
         self.cfg, self.device, name = cfg, device, cfg.dataset
         self.dir = os.path.join('data', name)
-        self.missing = f"type python prepare.py {name if name in PRESETS else f'... --name={name}'}"
+        more = {'stdlib': ' --tokenizer=bytes', 'openwebtext': ' --max_tokens=700_000_000'}
+        make = name + more.get(name, '') if name in PRESETS else f'... --name={name}'
+        self.missing = f"type python prepare.py {make}"
         check(os.path.isdir(self.dir), f"no {self.dir}: {self.missing}")
         self.meta = read_meta(self.dir)
         self.tokenizer = self.meta.get('tokenizer')
@@ -945,17 +947,20 @@ def loss_table(named, noun):
 
 def compare(cfg, given):
     """eval_only: the losses of init_from, and of control if named, over val.bin. Writes nothing."""
-    check(cfg.init_from != 'scratch', "nothing to evaluate: name a model, --init_from=MODEL")
+    check(cfg.init_from != 'scratch' and cfg.control not in ('scratch', 'resume'),
+          "nothing to evaluate: name a model, --init_from=MODEL [--control=ANOTHER]")
     device, autocast, dtype, compiled = start_machine(cfg)
-    data, tables = Data(cfg, device), {}
+    data, models, tables = Data(cfg, device), {}, {}
     for cfg.init_from in [cfg.init_from] + [cfg.control] * bool(cfg.control):
         model = on_all_ranks(load_model, cfg, given, data)[0]
         on_all_ranks(data.open, model.config.vocab_size, ['val'])
         given = given | {'block_size'}      # the second is cropped to the windows of the first
         name = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
-        name += ' (control)' * bool(tables)
+        models[name + ' (control)' * bool(models)] = model
+    for name, model in models.items():
         evaluator = make_evaluator(model.to(device), autocast, compiled)
         tables[name] = token_losses(evaluator, data, full=True)
+        model.cpu()
         bad = np.isinf(tables[name][0])
         check(not bad.any(), f"{name} gives NaN or infinite logits for {bad.sum():,} {data.noun}s, "
               f"first in the window from {data.noun} {data.starts()[bad.any(1).argmax()]:,} on")
@@ -985,9 +990,9 @@ def hand_over(r):
     if folded:
         result = os.path.join(out_dir, 'hf')
         close = write_hf(r, folded, result)
-    print0(f"\n{attempt('table', result_table, r)}\n{close}")
+    print0(f"\n{attempt('table', result_table, r) or ''}\n{close}")
     attempt('picture', plot, picture, [out_dir, control] if control else [out_dir])
-    print0(f"written: {result}, {picture}")
+    print0(f"written: {', '.join(p for p in (result, picture) if os.path.exists(p))}")
 
 def write_hf(r, folded, hf):
     """Writes hf/ -> a line on how far folded and unfolded logits differ. UserError if too far."""
