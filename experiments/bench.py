@@ -21,7 +21,6 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'
 import train                            # noqa: E402
 from model import GPT2, GPT2Config      # noqa: E402
 
-
 def make(argv):
     """A function that takes one step of this setting and waits for it, and what to say of it."""
     ln_mode = next((a.split('=')[1] for a in argv if a.startswith('--ln_mode=')), 'fake')
@@ -45,7 +44,6 @@ def make(argv):
             torch.cuda.synchronize()
     what = f"{raw.num_params():,} parameters, {device}, {dtype}"
     return step, cfg.batch_tokens, raw.flops_per_token(), what
-
 
 def main(argv, steps=20):
     settings = [[a.replace(f'={v}', f"={v.split(',')[i]}")
@@ -73,7 +71,6 @@ def main(argv, steps=20):
           f"middle half {low:.3f} to {high:.3f}")
     if cuda:
         print(f"peak memory of both together {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
-
 
 if __name__ == '__main__':
     if '--help' in sys.argv:

@@ -20,7 +20,6 @@ import prepare                  # noqa: E402
 import train                    # noqa: E402
 from model import GPT2          # noqa: E402
 
-
 def texts(n=50_000):
     """{kind: text of about n bytes};
     the standard library's validation split is what the models know."""
@@ -37,7 +36,6 @@ def texts(n=50_000):
             'a line, repeated': 'for i in range(10):\n' * (n // 20),
             'ASCII, at random': ''.join(map(chr, rng.integers(32, 127, n)))}
 
-
 def measured(run, ids):
     """(losses (windows, T), calibration error, entropy) of a run on token ids."""
     model = GPT2.from_pretrained(run).eval()
@@ -50,7 +48,6 @@ def measured(run, ids):
         model.config.eot_token_id = 256
         table = train.token_losses(model, data, full=True)
     return table[0], *train.calibration(table)
-
 
 def main(runs):
     known = np.fromfile('data/stdlib/val.bin', np.uint16, 50_000)
@@ -74,7 +71,6 @@ def main(runs):
             cells = [f'{p:.3f}' for p in parts] + [f'{high:.1f}', f'{np.nanmax(losses):.1f}']
             cells += [f'{np.mean(errors):.3f}', f'{np.mean(entropies):.3f}']
             print(f"| {kind} | {name} | {' | '.join(cells)} |", flush=True)
-
 
 if __name__ == '__main__':
     if len(sys.argv) < 2:

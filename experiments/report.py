@@ -15,7 +15,6 @@ import sys
 
 import numpy as np
 
-
 def read_runs(folder):
     """{(name, seed): log} of the runs that reached their end."""
     runs = {}
@@ -29,15 +28,12 @@ def read_runs(folder):
                 runs[name, seed] = log
     return runs
 
-
 def control_of(name, seed, runs):
     own = f'control_{name}', seed
     return runs.get(own if own in runs else ('control', seed))
 
-
 def losses(log, event, key):
     return np.array([e[key] for e in log if e['event'] == event])
-
 
 def statistics(runs):
     """{name: (gaps, differences (seeds, iterations))} of all but the controls."""
@@ -52,7 +48,6 @@ def statistics(runs):
         found[name][0].append(gap)
         found[name][1].append(difference)
     return {name: (np.array(g), np.array(d)) for name, (g, d) in found.items()}
-
 
 def table(found, tokens):
     """Markdown. tokens: of an iteration."""
@@ -73,7 +68,6 @@ def table(found, tokens):
                     f'{differences.max():+.2f} at {at} | {(gaps < 0.1).sum()} of {n} | {when} |')
     return '\n'.join(rows)
 
-
 def picture(path, found, names, tokens):
     import matplotlib
     matplotlib.use('Agg')
@@ -92,7 +86,6 @@ def picture(path, found, names, tokens):
     ax.axhline(0, color='gray', lw=0.8)
     ax.legend()
     fig.savefig(path, dpi=110)
-
 
 if __name__ == '__main__':
     if not 2 <= len(sys.argv) <= 3 or not os.path.isdir(sys.argv[1]):

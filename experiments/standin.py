@@ -24,7 +24,6 @@ from model import GPT2, GPT2Config      # noqa: E402
 GIANT = 64              # neurons that write the vector, and as many that erase it
 SIZE = 1700.0         # what they write into each of the two channels
 
-
 @torch.no_grad()
 def plant(model, eot):
     """Plants the giant vector into an untrained model (ln_mode 'real'),
@@ -47,7 +46,6 @@ def plant(model, eot):
         mlp.c_fc.bias[:GIANT] = -12
         mlp.c_proj.weight[:, :GIANT] = (sign * write / (12 * GIANT))[:, None]
 
-
 def main(argv):
     shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=128)
     folders = [a for a in argv if not a.startswith('--')]
@@ -65,7 +63,6 @@ def main(argv):
     model = GPT2(GPT2Config(vocab_size=257, **shape))
     plant(model, eot=256)
     model.save_pretrained(folders[0])
-
 
 if __name__ == '__main__':
     main(sys.argv[1:])

@@ -14,7 +14,6 @@ start_ln1v = 68
 gap_ln1v = 8
 start_lnf = 100
 
-
 class _DyT(_model.LayerNorm):
 
     def __init__(self, config, sides=('',)):
@@ -25,6 +24,5 @@ class _DyT(_model.LayerNorm):
     def frozen(self, x, kind):
         u = (x - x.mean(-1, keepdim=True)) / self.std[kind].unsqueeze(-1)
         return _torch.tanh(self.alpha * u) / self.alpha * self.weight + self.bias
-
 
 _model.LayerNorm = _DyT

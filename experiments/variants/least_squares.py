@@ -10,7 +10,6 @@ start_ln1v = 68
 gap_ln1v = 8
 start_lnf = 100
 
-
 def _measure(evaluator, model, batches):
     """One process, constants for ordinary tokens."""
     stds = []
@@ -19,6 +18,5 @@ def _measure(evaluator, model, batches):
         stds.append(_torch.stack(evaluator(x)[2])[:, keep].detach().double())
     stds = _torch.cat(stds, 1)                                  # (n_LN, tokens)
     return (stds.square().mean(1) / stds.mean(1))[:, None].expand(-1, 3)
-
 
 _train.measure = _measure
