@@ -1002,7 +1002,7 @@ def gpt2():
 
 def test_tokenizer_files_equal_tiktoken(tmp_path):
     transformers, bpe = pytest.importorskip('transformers'), gpt2()
-    for name, text in prepare.tokenizer_files(bpe, 1024).items():
+    for name, text in prepare.tokenizer_files(bpe).items():
         (tmp_path / name).write_text(text, encoding='utf-8')
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in [t for t in NASTY if '\ud800' not in t] + [(REPO / 'test_model.py').read_text()]:
@@ -1189,16 +1189,18 @@ def test_data_of_another_source_is_not_overwritten_and_a_link_is_followed(folder
     prepare.main(['a/train.txt', '--tokenizer=bytes'])
     kept = Path('data/train/train.bin').read_bytes()
     assert os.path.islink('data/train')
-    assert sorted(os.listdir('disk')) == ['meta.json', 'train.bin', 'val.bin']
+    assert sorted(os.listdir('disk')) == ['meta.json', 'tokenizer', 'train.bin', 'val.bin']
     assert '--name=' in refused(prepare, 'b/train.txt', '--tokenizer=bytes', capsys=capsys)
     assert Path('data/train/train.bin').read_bytes() == kept
     os.makedirs('far')
     shutil.move('disk/train.bin', 'far/train.bin')
     os.symlink(os.path.abspath('far/train.bin'), 'disk/train.bin')
-    os.makedirs('disk/.partial/tokenizer')      # of a killed run
+    os.makedirs('disk/.partial')        # of a killed run
+    for left in ('disk/.partial/left', 'disk/tokenizer/left'):
+        Path(left).write_text('')
     prepare.main(['a/train.txt', '--tokenizer=bytes', '--val_fraction=0'])      # the same source
     assert os.path.islink('disk/train.bin') and Path('far/train.bin').stat().st_size > len(kept)
-    assert not os.path.exists('disk/tokenizer')
+    assert sorted(os.listdir('disk/tokenizer')) == ['tokenizer.json', 'tokenizer_config.json']
 
 def test_rows_of_token_ids(folder, capsys):
     rng = np.random.default_rng(0)

@@ -1005,8 +1005,7 @@ def write_hf(r, folded, hf):
                                         f"{diff:.2g} (largest {scale:.3g}); ckpt.pt is as it was")
     files, tokenizer = r.files, r.data.tokenizer
     if not vocabulary(files):       # the model brought no tokenizer: that of the data
-        made = attempt('tokenizer', lambda: tokenizer_files(get_tokenizer(tokenizer),
-                                                            r.cfg.block_size)) or {}
+        made = attempt('tokenizer', lambda: tokenizer_files(get_tokenizer(tokenizer))) or {}
         files = {name: text.encode() for name, text in made.items()} | files
     card = attempt('model card', model_card, r) or ''
     if os.path.exists(hf):          # resumed after its end: somebody may have edited what is there
