@@ -1,6 +1,6 @@
 """
-Text -> data/NAME/{train,val}.bin: uint16 token ids, end-of-text after each document; and beside
-them meta.json and the tokenizer's files, tokenizer/.
+Text -> data/NAME/{train,val}.bin: uint16 token ids, end-of-text after each document. Beside them
+stand meta.json, which names the tokenizer and the counts, and the tokenizer's files, tokenizer/.
 
     python prepare.py stdlib --tokenizer=bytes              the Python standard library
     python prepare.py openwebtext --max_tokens=600_000_000  streams just that much from the hub
@@ -29,16 +29,16 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
-import math
 import os
 import random
 import re
 import shutil
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,29 +73,36 @@ def prepare(o, tokenizer):
         found = write_bins(o, tokenizer, {'train': train_bin, 'val': val_bin}, bar)
     if not found:               # nobody named the tokenizer of these ids
         return prepare(o, Unknown())
+    total = found['train']['tokens'] + found['val']['tokens']
     if o.val_fraction > 0 and not found['val']['tokens']:
-        tail_as_validation(o, found, train, val)
-    known = tokenizer.eot is not None
-    size = tokenizer.vocab_size if known else found['ids']['largest'] + 1
-    meta = {'tokenizer': tokenizer.name, 'vocab_size': size, 'eot': tokenizer.eot,
-            'vocab_hash': fingerprint(tokenizer.vocab(), size) if known else None,
-            'source': o.names, 'source_id': o.source_id, 'train': found['train'],
-            'val': found['val']} | ({'window': found['ids']['window']} if o.windows else {})
+        # too few documents to draw from, such as a single book: its end is the validation split
+        cut = total - max(int(total * o.val_fraction), min(o.window + 1, total // 2))
+        cut -= cut % (found['ids']['window'] or 1)
+        found['train']['tokens'], found['val']['tokens'] = cut, total - cut
+        np.fromfile(train, np.uint16, offset=2 * cut).tofile(val)
+        os.truncate(train, 2 * cut)
+    meta = {'tokenizer': tokenizer.name, 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot,
+            'vocab_hash': None, 'source': o.names, 'source_id': o.source_id,
+            'train': found['train'], 'val': found['val']}
+    if o.windows:
+        meta['window'] = found['ids']['window']
+    if tokenizer.eot is None:
+        meta['vocab_size'] = found['ids']['largest'] + 1
+    else:
+        meta['vocab_hash'] = fingerprint(tokenizer.vocab(), tokenizer.vocab_size)
+        files = tokenizer.files or tokenizer_files(tokenizer)
+        for name, content in files.items():
+            content = content if isinstance(content, bytes) else content.encode()
+            write(os.path.join(o.partial, 'tokenizer', name), content)
     write(os.path.join(o.partial, 'meta.json'), json.dumps(meta, indent=2).encode())
-    files = tokenizer.files
-    if known and not files:
-        files = {name: text.encode() for name, text in tokenizer_files(tokenizer).items()}
-    for name, content in files.items():
-        write(os.path.join(o.partial, 'tokenizer', name), content)
-    shutil.rmtree(os.path.realpath(os.path.join(o.folder, 'tokenizer')), ignore_errors=True)
-    for path in sorted(Path(o.partial).rglob('*.*'), reverse=True):     # meta.json last
-        place = os.path.join(o.folder, path.relative_to(o.partial))
-        write(place, functools.partial(shutil.move, path))      # a link may lead to another disk
+    there = lambda name: os.path.realpath(os.path.join(o.folder, name))     # links are followed
+    shutil.rmtree(there('tokenizer'), ignore_errors=True)
+    for name in sorted(os.listdir(o.partial), reverse=True):        # meta.json last
+        shutil.move(os.path.join(o.partial, name), there(name))
     for group, counts in found.items():
-        if +counts:
-            found_there = [f'{k:,} {what}' for what, k in sorted((+counts).items())]
-            print(f"{group}: {', '.join(found_there)}")
-    total, seconds = found['train']['tokens'] + found['val']['tokens'], time.time() - started
+        counts = ', '.join(f'{k:,} {what}' for what, k in sorted(counts.items()) if k)
+        print(f"{group}: {counts or 'none'}")
+    seconds = time.time() - started
     print(f"{o.folder}: {total:,} tokens of {tokenizer.name}, end-of-text {tokenizer.eot}, in "
           f"{seconds:.1f} s, {total / seconds:,.0f} tokens/s")
 
@@ -107,19 +114,11 @@ def write_bins(o, tokenizer, bins, bar):
     found = {'train': Counter(documents=0, tokens=0), 'val': Counter(documents=0, tokens=0),
              'read': Counter(), 'skipped': Counter(), 'notes': Counter(), 'ids': Counter()}
     nanogpts = o.sources == ['openwebtext'] and o.val_fraction == PRESETS['openwebtext'][1]
-    drawn = nanogpt_val() if nanogpts else None
+    drawn, rng = nanogpt_val() if nanogpts else None, random.Random(2357)
     end = np.array([] if o.windows or tokenizer.eot is None else [tokenizer.eot], np.uint16)
-    rng, n, total, window, example = random.Random(2357), 0, 0, 0, ''
-    for kind, place, ids, written in encoded(documents(o), tokenizer):
-        if isinstance(ids, UserError):
-            found['skipped'][kind] += 1
-            example = f", for example {ids}"
-            continue
-        found['read'][kind] += kind != ''
-        if ids is None:
-            found['notes']['rows without text (null)'] += 1
-            continue
-        largest = int(ids.max(initial=0))
+    n, total, window, largest = 0, 0, 0, 0
+    for place, ids in encoded(documents(o, tokenizer, found), tokenizer):
+        largest = max(largest, int(ids.max(initial=0)))
         if largest >= tokenizer.vocab_size:
             check(not o.tokenizer, f"{place}: token id {largest}; the tokenizer ends at "
                                    f"{tokenizer.vocab_size - 1}")
@@ -131,83 +130,65 @@ def write_bins(o, tokenizer, bins, bar):
             window = window or len(ids)
             check(1 < len(ids) <= window and total == n * window, f"{place} has {len(ids)} "
                   f"tokens; only the last window may be shorter: omit --windows")
-        found['ids']['largest'] = max(found['ids']['largest'], largest)
-        found['notes'][f'times {tokenizer.eot_text} in a text, as text'] += written
-        found['notes']['empty documents'] += not len(ids)
         ids = np.append(ids[:room], end)
         split = 'val' if (n in drawn if drawn else rng.random() < o.val_fraction) else 'train'
         bins[split].write(ids.tobytes())
         found[split].update(documents=1, tokens=len(ids))
         total, n = total + len(ids), n + 1
         bar.update(len(ids))
-    skipped = f"{found['skipped'].total()} files skipped{example}"
-    check(n > found['notes']['empty documents'], f"nothing to read in {' '.join(o.sources)}: {n} "
-          f"documents, all empty; {skipped}")
-    if example:
-        print(skipped)
-    found['ids']['window'] = window
+    check(total > n * len(end), f"no text in {' '.join(o.sources)}: {n} documents, all empty, and "
+          f"{found['skipped'].total()} files skipped: bring {' '.join(FILES)}")
+    found['ids'].update(window=window, largest=largest)
     return found
 
-def tail_as_validation(o, found, train, val):
-    """Too few documents to draw from, such as a single book: its end is the validation split."""
-    total = found['train']['tokens']
-    cut = total - max(int(total * o.val_fraction), min(o.window + 1, total // 2))
-    cut -= cut % (found['ids']['window'] or 1)
-    found['train']['tokens'], found['val']['tokens'] = cut, total - cut
-    np.fromfile(train, np.uint16, offset=2 * cut).tofile(val)
-    os.truncate(train, 2 * cut)
+def encoded(documents, tokenizer):
+    """(place, document) -> (place, token ids), in order, by all cores, in bounded memory.
 
-def encoded(items, tokenizer):
-    """(kind, place, document) -> (kind, place, token ids if it is a text, else the document, how
-    often end-of-text is written in it). In order, by all cores, in bounded memory. Threads are
-    enough, as tiktoken lets go of the interpreter while it encodes."""
-    cores, futures, batch, size = os.cpu_count() or 1, deque(), [], 0
-    with ThreadPoolExecutor(cores) as pool:
-        for item in items:
-            batch.append(item)
-            size += 100 + (len(item[2]) if isinstance(item[2], (str, np.ndarray)) else 0)
-            if size >= 1 << 18:
-                futures.append(pool.submit(encode_batch, batch, tokenizer))
-                batch, size = [], 0
-            if len(futures) > 2 * cores:
-                yield from futures.popleft().result()
-        for future in (*futures, pool.submit(encode_batch, batch, tokenizer)):
-            yield from future.result()
-
-def encode_batch(batch, tokenizer):
-    return [(kind, place, tokenizer.encode(d), d.count(tokenizer.eot_text))
-            if isinstance(d, str) else (kind, place, d, 0) for kind, place, d in batch]
+    Threads are enough, as tiktoken lets go of the interpreter while it encodes.
+    """
+    encode = lambda document: tokenizer.encode(document) if isinstance(document, str) else document
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while batch := list(itertools.islice(documents, 512)):
+            places, contents = zip(*batch)
+            yield from zip(places, pool.map(encode, contents))
 
 # -----------------------------------------------------------------------------
 # Sources -> documents.
 
-def documents(o):
-    """(kind, place, document): a text, an array of token ids, None for null; or the UserError for
-    which a folder's file is skipped. kind, '.txt', is '' after a file's first row."""
+def documents(o, tokenizer, found):
+    """(place, document) of each row: a text or a uint16 array of token ids. Counts what it meets:
+    found's 'read', 'skipped' (a folder's files of which the first row cannot be read), 'notes'."""
+    written = f'times {tokenizer.eot_text} in a text, as text'
     for where, rows, named in streams(o):
         kind = ''.join(endings(where)) or 'other' if os.path.lexists(where) else 'dataset'
-        row = 1
+        place = where
         try:
             check(named or os.path.isfile(where), "no file")    # a pipe would wait for ever
-            for value in rows:
-                yield kind if row == 1 else '', f"{where}, row {row}", cell(value, o.column)
-                row += 1
+            for row, value in enumerate(rows, 2):
+                document = cell(value, o.column)
+                found['read'][kind] += place == where
+                if document is None:
+                    found['notes']['rows without text (null)'] += 1
+                else:
+                    yield place, document
+                if isinstance(document, str):
+                    found['notes'][written] += document.count(tokenizer.eot_text)
+                place = f"{where}, row {row}"
         except Exception as e:      # damage has many names
-            why = one_line(e, 9000)
-            if isinstance(e, UnicodeError) and kind != 'dataset':
-                why = f"not UTF-8: try iconv -f ENCODING -t UTF-8, or bring {' '.join(FILES)}"
-            problem = UserError(f"{where}, row {row}: {why}" if row > 1 else f"{where}: {why}")
+            problem = f"{place}: {one_line(e, 9000)}"
             machine = isinstance(e, (MemoryError, ImportError)) or getattr(e, 'filename', None)
-            if named or row > 1 or machine:
-                raise problem
-            yield kind, where, problem
+            check(not (named or machine or place != where), problem)
+            if not found['skipped'][kind]:
+                tqdm.write(f"skipped, for example: {problem}")
+            found['skipped'][kind] += 1
 
 def streams(o):
     """(file or dataset, its rows, whether the user named it) of all sources, in order."""
     for source in o.sources:
         if os.path.exists(source):
-            for path in files_below(source, set()):
-                yield path, file_rows(path), path == source
+            real = os.path.realpath(source)
+            files = files_in(source, {real}) if os.path.isdir(source) else [source]
+            yield from ((path, file_rows(path), path == source) for path in files)
         elif source == 'stdlib':    # two blank lines stand between its classes and functions
             for path in stdlib_files():
                 yield path, ''.join(file_rows(path)).split('\n\n\n'), False
@@ -222,7 +203,7 @@ def streams(o):
 def nanogpt_val(documents=8013769, fraction=PRESETS['openwebtext'][1]):
     """OpenWebText's documents that nanoGPT sets aside: datasets' train_test_split, seed 2357."""
     order = np.random.default_rng(2357).permutation(documents)
-    return set(order[:math.ceil(documents * fraction)].tolist())
+    return set(order[:int(np.ceil(documents * fraction))].tolist())
 
 def cell(row, column):
     """What a row holds: a text, a uint16 array of token ids, or None for null."""
@@ -247,6 +228,7 @@ def cell(row, column):
 # Files. A file's rows are texts or {column: value}; a file of text is one row.
 
 FILES = ('.txt', '.text', '.md', '.jsonl', '.json', '.csv', '.tsv', '.parquet')
+NOT_TEXT = f"not UTF-8: try iconv -f ENCODING -t UTF-8, or bring {' '.join(FILES)}"
 COMPRESSED = {'.gz': gzip, '.bz2': bz2, '.xz': lzma}
 
 def endings(path):
@@ -271,14 +253,16 @@ def file_rows(path):
             yield ''.join(text_lines(f))
 
 def text_lines(f):
-    """The lines of a binary file, decoded; raises UnicodeError if it does not hold text."""
+    """The lines of a binary file, decoded. Raises UserError if it does not hold text."""
     encoding = json.detect_encoding(f.peek(4)[:4])
     if encoding not in ('utf-16', 'utf-32'):        # these have a byte-order mark
         encoding = 'utf-8-sig'
-    for line in io.TextIOWrapper(f, encoding, newline=''):
-        if '\0' in line:
-            raise UnicodeError
-        yield line
+    try:
+        for line in io.TextIOWrapper(f, encoding, newline=''):
+            check('\0' not in line, NOT_TEXT)
+            yield line
+    except UnicodeError:
+        raise UserError(NOT_TEXT)
 
 def json_rows(lines):
     """JSON lines; or one value over several lines: a list of rows, or a row."""
@@ -289,18 +273,14 @@ def json_rows(lines):
             value = json.loads(line + ''.join(lines))
         yield from value if isinstance(value, list) else [value]
 
-def files_below(path, seen):
-    """A file; or a folder's files, links followed, each once, hidden ones left out."""
-    real = os.path.realpath(path)
-    if real in seen:
-        return
-    seen.add(real)
-    if not os.path.isdir(path):
-        yield path
-        return
-    for name in sorted(os.listdir(path)):
-        if not name.startswith('.'):
-            yield from files_below(os.path.join(path, name), seen)
+def files_in(folder, seen):
+    """All files below a folder, links followed, each once; hidden ones are left out."""
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        real = os.path.realpath(path)
+        if not name.startswith('.') and real not in seen:
+            seen.add(real)
+            yield from files_in(path, seen) if os.path.isdir(path) else [path]
 
 def stdlib_files():
     left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
@@ -326,15 +306,15 @@ def hub_rows(name, config, split):
             if 'scripts are no longer supported' not in str(e):
                 raise
             paths = HfApi().list_repo_files(name, repo_type='dataset', revision=CONVERTED)
-            files = converted(paths, config, split)
-            rows = load(data_files=files, split='train', revision=CONVERTED)
+            folder = converted(paths, config, split)
+            rows = load(data_files=f'{folder}/*.parquet', split='train', revision=CONVERTED)
     except Exception as e:      # offline, unknown, private: each library has its own
         raise UserError(f"no file, no preset ({', '.join(PRESETS)}) and no hub dataset, or needs "
                         f"another --config= or --split= ({one_line(e, 9000)})")
     yield from rows
 
 def converted(paths, config, split):
-    """The branch's files CONFIG/SPLIT/*.parquet; load_dataset would mix configurations."""
+    """The branch's folder CONFIG/SPLIT; load_dataset would mix configurations."""
     folders = sorted({os.path.dirname(p) for p in paths if p.endswith('.parquet')})
     configs = {os.path.dirname(folder) for folder in folders}
     if len(configs) == 1:
@@ -343,7 +323,7 @@ def converted(paths, config, split):
     check(len(fits) == 1, f"CONFIG/SPLIT is one of {', '.join(folders)}")
     if 'partial-' in fits[0]:
         print(f"note: the hub's copy is partial: only the beginning of {config}/{split}")
-    return f'{fits[0]}/*.parquet'
+    return fits[0]
 
 # -----------------------------------------------------------------------------
 # Tokenizers: name, vocab_size, eot and eot_text, the model's own files {name: bytes},
@@ -455,20 +435,17 @@ def get_tokenizer(name):
 
 def vocabulary(files):
     """{token: id} of a model's tokenizer files {name: bytes}; None if they hold none."""
-    others = [name for name in files if name.endswith(('.model', 'vocab.txt'))]
-    check(not others or 'tokenizer.json' in files or 'vocab.json' in files,
-          f"the model's {others} needs a tokenizer.json beside: {MAKE_ONE}")
     try:
-        if 'tokenizer.json' not in files:
-            return {**json.loads(files.get('vocab.json', '{}')),
-                    **json.loads(files.get('added_tokens.json', '{}'))} or None
-        whole = json.loads(files['tokenizer.json'])
-        vocab, added = whole['model']['vocab'], whole.get('added_tokens') or []
+        whole = json.loads(files.get('tokenizer.json', '{}'))
+        vocab = whole['model']['vocab'] if whole else json.loads(files.get('vocab.json', '{}'))
         if isinstance(vocab, list):     # Unigram: [token, score], in the order of the ids
             vocab = {token: i for i, (token, _) in enumerate(vocab)}
-        return vocab | {a['content']: a['id'] for a in added}
+        vocab |= {added['content']: added['id'] for added in whole.get('added_tokens') or []}
     except Exception as e:      # damage has many names
         raise UserError(f"the model's tokenizer files are damaged ({type(e).__name__}: {e})")
+    others = [name for name in files if name.endswith(('.model', 'vocab.txt'))]
+    check(vocab or not others, f"the model's {others} needs a tokenizer.json beside: {MAKE_ONE}")
+    return vocab or None
 
 def end_of_text(model, files, table):
     """A model's end-of-text: of a run, or eos_token_id as transformers reads it, a list's first;
