@@ -147,8 +147,9 @@ def encoded(documents, tokenizer):
     Threads are enough, as tiktoken lets go of the interpreter while it encodes.
     """
     encode = lambda document: tokenizer.encode(document) if isinstance(document, str) else document
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while batch := list(itertools.islice(documents, 512)):
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        while batch := list(itertools.islice(documents, 16 * cores)):
             places, contents = zip(*batch)
             yield from zip(places, pool.map(encode, contents))
 
@@ -173,7 +174,7 @@ def documents(o, tokenizer, found):
                     yield place, document
                 if isinstance(document, str):
                     found['notes'][written] += document.count(tokenizer.eot_text)
-                place = f"{where}, row {row}"
+                place = f"{where}, row {row}"       # of the next
         except Exception as e:      # damage has many names
             problem = f"{place}: {one_line(e, 9000)}"
             machine = isinstance(e, (MemoryError, ImportError)) or getattr(e, 'filename', None)
@@ -191,7 +192,8 @@ def streams(o):
             yield from ((path, file_rows(path), path == source) for path in files)
         elif source == 'stdlib':    # two blank lines stand between its classes and functions
             for path in stdlib_files():
-                yield path, ''.join(file_rows(path)).split('\n\n\n'), False
+                parts = (part for text in file_rows(path) for part in text.split('\n\n\n'))
+                yield path, parts, False
         else:
             name = PRESETS.get(source, (source,))[0]
             rows = hub_rows(name, o.config, o.split or 'train')
