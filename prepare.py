@@ -95,10 +95,12 @@ def prepare(o, tokenizer):
             content = content if isinstance(content, bytes) else content.encode()
             write(os.path.join(o.partial, 'tokenizer', name), content)
     write(os.path.join(o.partial, 'meta.json'), json.dumps(meta, indent=2).encode())
-    there = lambda name: os.path.realpath(os.path.join(o.folder, name))     # links are followed
-    shutil.rmtree(there('tokenizer'), ignore_errors=True)
-    for name in sorted(os.listdir(o.partial), reverse=True):        # meta.json last
-        shutil.move(os.path.join(o.partial, name), there(name))
+    for name in ('val.bin', 'train.bin', 'tokenizer', 'meta.json'):
+        place = os.path.realpath(os.path.join(o.folder, name))      # links are followed
+        if os.path.isdir(place):
+            shutil.rmtree(place)
+        if name in os.listdir(o.partial):       # an unknown tokenizer has no files
+            shutil.move(os.path.join(o.partial, name), place)
     for group, counts in found.items():
         counts = ', '.join(f'{k:,} {what}' for what, k in sorted(counts.items()) if k)
         print(f"{group}: {counts or 'none'}")
