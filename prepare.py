@@ -363,8 +363,9 @@ class GPT2BPE(threading.local, Bytes):
 
     def encode(self, text):
         try:    # encode_ordinary, without its list of Python integers
-            ids = self.bpe.encode_to_numpy(mended(text), disallowed_special=())
-            return ids.astype(np.uint16)
+            return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        except UnicodeEncodeError:      # lone surrogates, which JSON can hold
+            return np.array(self.bpe.encode_ordinary(text), np.uint16)
         except ValueError:      # a run of a million spaces is too much for its regular expression
             half = len(text) // 2
             return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
@@ -381,10 +382,6 @@ def gpt2_parts():
     except Exception as e:      # requests' many ways of failing
         raise UserError(f"cannot download GPT-2's BPE files ({type(e).__name__}): set "
                         f"TIKTOKEN_CACHE_DIR to a copy of its cache, or type --tokenizer=bytes")
-
-def mended(text):
-    """Lone surrogates, which JSON can hold, become U+FFFD."""
-    return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 class ModelTokenizer(Bytes):
     """The tokenizer.json that a model's folder brings, without the special tokens that it adds."""
@@ -409,8 +406,8 @@ class ModelTokenizer(Bytes):
 
     def encode(self, text):
         """End-of-text that is written in a text stays text; other added tokens are themselves."""
-        ids = []
-        for n, part in enumerate(mended(text).split(self.eot_text)):
+        text, ids = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace'), []
+        for n, part in enumerate(text.split(self.eot_text)):
             ids += self.ordinary_eot if n else []
             ids += self.bpe.encode(part, add_special_tokens=False).ids
         return np.array(ids, np.uint16)
