@@ -12,7 +12,6 @@ then folding, loading and saving.
 The method: Heimersheim 2024, arXiv 2409.13710, and Baroni et al. 2025, arXiv 2507.02559.
 """
 import errno
-import functools
 import json
 import math
 import os
@@ -51,7 +50,6 @@ class GPT2Config:
         need('n_embd', self.n_embd % self.n_head == 0, f"a multiple of n_head, {self.n_head}")
         need('ln_mode', self.ln_mode in ('real', 'fake', 'none'), "'real', 'fake' or 'none'")
         need('layer_norm_epsilon', self.layer_norm_epsilon > 0, "a number above 0")
-        need('tie_word_embeddings', type(self.tie_word_embeddings) is bool, "true or false")
         self.tie_word_embeddings &= self.ln_mode != 'none'
         if self.eot_token_id is None:
             padded = 50257 < self.vocab_size < 50257 + 128      # some pad GPT-2's vocabulary
@@ -211,16 +209,12 @@ class GPT2(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """idx (B, T) -> (B, T + max_new_tokens), sampled; temperature 0 is greedy."""
+        k = 1 if temperature == 0 else min(top_k or math.inf, self.config.vocab_size)
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size:])[0][:, -1].float()
-            if top_k is not None:
-                kept = logits.topk(min(top_k, logits.shape[-1])).values
-                logits[logits < kept[:, -1:]] = -math.inf
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                new = torch.multinomial(F.softmax(logits / temperature, -1), 1)
-            idx = torch.cat((idx, new), 1)
+            best, ids = logits.topk(k)                                              # (B, k)
+            new = torch.multinomial(F.softmax(best / (temperature or 1), -1), 1)    # (B, 1)
+            idx = torch.cat((idx, ids.gather(1, new)), 1)
         return idx
 
     def num_params(self):
@@ -242,7 +236,7 @@ class GPT2(nn.Module):
         self.wpe.weight = nn.Parameter(self.wpe.weight[:block_size].detach().clone())
 
     # -------------------------------------------------------------------------
-    # Sites: one for each reader of an LN, 3 * n_layer + 1 in all; and folding.
+    # Sites: one for each reader of an LN, 3 * n_layer + 1 in all.
 
     def layernorms(self):
         """{name: LayerNorm}, in the order in which the forward pass meets them."""
@@ -264,6 +258,17 @@ class GPT2(nn.Module):
                 for i, side in enumerate(ln.sides)
                 if ln.mode == 'real' or ln.mode == 'fake' and ln.gate[i] != 1]
 
+    def intact(self):
+        """Whether no site has been removed, not even in part."""
+        mode = self.config.ln_mode
+        return mode == 'real' or mode == 'fake' and not any(self.sites().values())
+
+    # -------------------------------------------------------------------------
+    # Folding. Stock LayerNorm can compute what a removed one does, and what none at all does:
+    # with an epsilon so huge that sqrt(var + epsilon) is a constant, which the weights make good.
+
+    READERS = {'ln_1': 'attn.c_attn', 'ln_2': 'mlp.c_fc', 'ln_f': 'lm_head'}
+
     @torch.no_grad()
     def fold_ln(self):
         """The same function as a new 'none' model: the linear layer (W, c) after an LN absorbs it.
@@ -273,76 +278,57 @@ class GPT2(nn.Module):
 
         Computed in float64. Raises UserError unless every gate is 1 and every LN has one constant.
         """
-        stock = self._stock(HF_EPS)
-        s = math.sqrt(stock.config.layer_norm_epsilon)      # the constant that _stock divides by
-        check(s >= 1e3, "cannot fold: each LayerNorm still divides by the token's own std")
-        sd = {k: v.to('cpu', copy=True) for k, v in stock.state_dict().items()}  # mps lacks float64
-        for name, reader in self._readers():
+        sd, eps = self._stock(HF_EPS)
+        check(eps >= 1e6, "cannot fold: each LayerNorm still divides by the token's own std")
+        sd = {k: v.clone() for k, v in sd.items()}
+        for name in self.layernorms():
+            reader = name[:-4] + self.READERS[name[-4:]]
             w, b = (sd.pop(f'{name}.{p}').double() for p in ('weight', 'bias'))
             W = sd[f'{reader}.weight']
             c = sd.get(f'{reader}.bias', W.new_zeros(len(W)))
-            Ws = W * (w / s)
+            Ws = W * (w / math.sqrt(eps))
             sd[f'{reader}.weight'] = (Ws - Ws.mean(1, keepdim=True)).to(W.dtype)
             sd[f'{reader}.bias'] = (c + W.double() @ b).to(W.dtype)
-        model = self._build(replace(self.config, ln_mode='none'), sd, 'the folded model')
-        return model.to(self.wte.weight.device).train(self.training)
+        args = vars(self.config) | {'ln_mode': 'none'}
+        model = self.from_state(args, sd, 'the folded model', dropout=self.config.dropout)
+        return model.to(self.wte.weight).train(self.training)       # to its device and dtype
 
     @torch.no_grad()
     def _stock(self, eps):
-        """The same function as a 'real' model: a huge eps makes sqrt(var + eps) a constant.
+        """-> (state dict on the CPU, epsilon) of stock LayerNorms that compute the same.
 
-        Raises UserError where there is none: a removal half done, special constants, an edited
-        LayerNorm, a 'none' model that reads the residual stream's mean.
+        An intact model keeps its own epsilon, another takes `eps`. Raises UserError where stock
+        LayerNorm cannot: a removal half done, and whatever else the numbers show.
         """
-        c, lns = self.config, self.layernorms()
-        sd = {k: v for k, v in self.state_dict().items() if not k.endswith(('.gate', '.std'))}
-        if c.ln_mode == 'none':
-            self._put_back(sd, math.sqrt(eps))
-            lns = {}
-        elif c.ln_mode == 'real' or not any(self.sites().values()):
-            eps = c.layer_norm_epsilon
-        else:
-            left, n = len(self.sites_left()), len(self.sites())
-            check(left == 0, f"{left} of {n} sites still divide by the token's own std")
-            for name, ln in lns.items():
-                sd[f'{name}.weight'] = ln.weight * (math.sqrt(eps) / ln.std[TOKEN])
+        c, intact, left = self.config, self.intact(), self.sites_left()
+        check(intact or not left, f"{len(left)} of {3 * c.n_layer + 1} sites still divide by the "
+                                  f"token's own std")
+        eps = c.layer_norm_epsilon if intact else eps
+        sd = {k: v.cpu() for k, v in self.state_dict().items() if k.endswith(('weight', 'bias'))}
         x = torch.randn(1, len(KINDS), c.n_embd, device=self.wte.weight.device) + 1
         kind = torch.arange(len(KINDS), device=x.device)[None]      # (1, 3): a token of each
-        for name, ln in lns.items():
-            stock = F.layer_norm(x, x.shape[-1:], sd[f'{name}.weight'], ln.bias, eps)
+        for name, ln in self.layernorms().items():
+            w, b = x.new_full((c.n_embd,), math.sqrt(eps)), x.new_zeros(c.n_embd)
+            if ln.mode != 'none':
+                w, b = ln.weight if intact else ln.weight * (w / ln.std[TOKEN]), ln.bias
+            sd[f'{name}.weight'], sd[f'{name}.bias'] = w.cpu(), b.cpu()
+            stock = F.layer_norm(x, x.shape[-1:], w, b, eps)
+            W = sd[f'{name[:-4]}{self.READERS[name[-4:]]}.weight']
             for y in ln(x, kind)[0]:    # our code may have been edited: believe the numbers
-                check((y - stock).abs().max() <= 1e-4 * stock.abs().max(), f"{name} is no stock "
-                      f"LayerNorm: edited, or with constants of position 0 or end-of-text")
-        config = replace(c, ln_mode='real', layer_norm_epsilon=eps)
-        return self._build(config, sd, "transformers' GPT-2 cannot hold this model")
-
-    def _put_back(self, sd, s):
-        """Gives a 'none' model's state dict LayerNorms that divide by s, and do nothing else."""
-        C = self.config.n_embd
-        for name, reader in self._readers():
-            W = sd[f'{reader}.weight'].float()
-            check((W.sum(1).abs() <= 1e-4 * W.norm(dim=1) * math.sqrt(C)).all(),
-                  f"{reader} reads the residual stream's mean, which stock LayerNorm subtracts")
-            sd[f'{name}.weight'], sd[f'{name}.bias'] = W.new_full((C,), s), W.new_zeros(C)
-        # A stock lm_head has no bias. Its rows have mean zero and meet vectors of mean zero, so a
-        # constant u added to a row changes nothing, until ln_f adds 1 to each of the C entries:
-        # then it adds C u. u = bias / C.
-        sd['ln_f.bias'] += 1
-        sd['lm_head.weight'] = sd['lm_head.weight'] + sd.pop('lm_head.bias')[:, None] / C
-
-    def _readers(self):
-        """(LN, the linear layer that reads it), by name."""
-        for i in range(self.config.n_layer):
-            yield f'h.{i}.ln_1', f'h.{i}.attn.c_attn'
-            yield f'h.{i}.ln_2', f'h.{i}.mlp.c_fc'
-        yield 'ln_f', 'lm_head'
+                error, size = (abs(z.cpu() @ W.T).max() for z in (y - stock, stock))
+                check(error <= 1e-4 * size, f"{name} is no stock LayerNorm: edited, with constants "
+                      f"of position 0 or end-of-text, or read with the residual stream's mean")
+        if c.ln_mode == 'none':
+            # A stock lm_head has no bias. Its rows have mean zero and meet vectors of mean zero, so
+            # a constant u added to a row changes nothing, until ln_f adds 1 to each of the C
+            # entries: then it adds C u. u = bias / C.
+            sd['ln_f.bias'] += 1
+            sd['lm_head.weight'] = (sd['lm_head.weight']
+                                    + sd.pop('lm_head.bias')[:, None] / c.n_embd)
+        return sd, eps
 
     # -------------------------------------------------------------------------
-    # Loading and saving. A Hugging Face folder is config.json + model.safetensors, under OpenAI's
-    # names, which are ours, with a block's four projections transposed (there Conv1D, here Linear).
-
-    CONV1D = re.compile(r'(c_attn|c_proj|c_fc)\.weight$')
-    PREFIXES = re.compile(r'^((module|_orig_mod|transformer)\.)+|\b_orig_mod\.')   # wrappers' names
+    # Loading and saving.
 
     @classmethod
     def from_pretrained(cls, name_or_dir, ln_mode=None, dropout=0.0):
@@ -357,49 +343,34 @@ class GPT2(nn.Module):
             ckpt = load_checkpoint(source)
             return cls.from_state(ckpt['model_args'], ckpt['model'], source, ln_mode, dropout)
         folder = local_folder(source)
-        args, sd = _read_config(folder), _read_weights(folder)
-        sd = {cls.PREFIXES.sub('', k): v.t() if cls.CONV1D.search(k) and v.dim() == 2 else v
-              for k, v in sd.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
-        if args['tie_word_embeddings']:     # stored under either name, or both
-            wte = sd.setdefault('wte.weight', sd.get('lm_head.weight'))
-            head = sd.setdefault('lm_head.weight', wte)
-            check(wte is not None and torch.equal(wte, head),
-                  f"{folder}: wte.weight and lm_head.weight, which are tied, are missing or differ")
-        return cls.from_state(args, sd, folder, ln_mode, dropout)
+        return cls.from_state(*_read_folder(folder), folder, ln_mode, dropout)
 
     @classmethod
     def from_state(cls, model_args, sd, source, ln_mode=None, dropout=0.0):
         """A model of GPT2Config's fields and a state dict, in ln_mode if that changes no logit."""
         config = GPT2Config(**model_args | {'dropout': dropout})
-        model = cls._build(config, {k: v.float() for k, v in sd.items()}, source)
+        last = f'h.{config.n_layer - 1}.attn.c_attn.weight'     # before a billion layers are made
+        check(last in sd, f"{source}: n_layer is {config.n_layer}, but the weights lack {last}")
+        try:
+            with torch.device('meta'):      # no memory is filled with random numbers first
+                model = cls(config)
+            sd = {k: v.float().contiguous() for k, v in sd.items()}
+            model.load_state_dict(sd, assign=True)
+        except (RuntimeError, TypeError, AttributeError) as e:      # what is missing or misshapen
+            raise UserError(f"{source}: {one_line(e)}")
+        model._tie()        # assigning gave wte and lm_head a parameter each
         # dividing by sqrt(var + 1e12) is dividing by the constant 1e6: a removed LN
         free = config.ln_mode == 'real' and config.layer_norm_epsilon >= 1e6
-        if free or ln_mode == 'none' and config.ln_mode != 'none':
+        if free or ln_mode == 'none' != config.ln_mode:
             model = model.fold_ln()
-        here = model.config.ln_mode
-        if ln_mode in (None, here):
+        if ln_mode in (None, model.config.ln_mode):
             return model
-        gone = here == 'none' or here == 'fake' and any(model.sites().values())
-        check(not gone, f"{source} cannot become {ln_mode!r}, for its LayerNorm is gone")
+        check(model.intact(), f"{source} cannot become {ln_mode!r}, for its LayerNorm is gone")
         model.config = replace(config, ln_mode=ln_mode)
         for name, ln in model.layernorms().items():     # what is not LayerNorm's own begins fresh
             new = LayerNorm(model.config, ln.sides)
             new.weight, new.bias = ln.weight, ln.bias
             model.set_submodule(name, new)
-        return model
-
-    @classmethod
-    def _build(cls, config, sd, source):
-        """A model with the tensors of sd; no memory is filled with random numbers first."""
-        last = f'h.{config.n_layer - 1}.attn.c_attn.weight'     # before a billion layers are made
-        check(last in sd, f"{source}: n_layer is {config.n_layer}, but the weights lack {last}")
-        try:
-            with torch.device('meta'):
-                model = cls(config)
-            model.load_state_dict({k: v.contiguous() for k, v in sd.items()}, assign=True)
-        except (RuntimeError, TypeError) as e:  # torch lists what is missing, unexpected, misshapen
-            raise UserError(f"{source}: {one_line(e)}")
-        model._tie()        # assigning gave wte and lm_head a parameter each
         return model
 
     def save_pretrained(self, folder, files={}, eps=HF_EPS):
@@ -410,10 +381,10 @@ class GPT2(nn.Module):
         a folded model's do with eps=1e8, at a relative error of var / 2e8. Raises UserError where
         transformers cannot express the model (see _stock).
         """
-        c, stock = self.config, self._stock(eps)
-        sd = {f'transformer.{k}'.replace('transformer.lm_head', 'lm_head'):
-              (v.t() if self.CONV1D.search(k) else v).contiguous().cpu()
-              for k, v in stock.state_dict().items()}
+        c = self.config
+        sd, eps = self._stock(eps)
+        sd = {k if k.startswith('lm_head') else f'transformer.{k}':
+              (v.t() if CONV1D.search(k) else v).contiguous() for k, v in sd.items()}
         if c.tie_word_embeddings:
             del sd['lm_head.weight']
         config = {
@@ -421,23 +392,29 @@ class GPT2(nn.Module):
             'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'dtype': 'float32',
             'activation_function': 'gelu_new', 'n_positions': c.block_size,
             **{f'{part}_pdrop': c.dropout for part in ('resid', 'embd', 'attn')},
-            **{k: getattr(stock.config, k) for k in CONFIG_KEYS}}
-        ids = {k: v for k, v in config.items() if re.fullmatch('(bos|eos|pad)_token_id', k)}
+            **{k: getattr(c, k) for k in SAME_NAMES}, 'layer_norm_epsilon': eps}
+        ids = {k: config[k] for k in ('bos_token_id', 'eos_token_id', 'pad_token_id') if k in config}
         files = {'generation_config.json': json.dumps(ids).encode(), **files,
                  'model.safetensors': lambda tmp: save_file(sd, tmp, metadata={'format': 'pt'}),
                  'config.json': json.dumps(config, indent=2).encode()}  # last: now it is a model
         for name, content in files.items():
             write(os.path.join(folder, name), content)
 
-# what a model's folder brings beside config.json and weights
-COMPANIONS = ('*token*.json', 'vocab.*', 'merges.txt', '*.model', 'chat_template*',
-              'generation_config.json')
+# -----------------------------------------------------------------------------
+# A Hugging Face folder is config.json + model.safetensors, under OpenAI's names, which are ours,
+# with a block's four projections transposed (there Conv1D, here Linear).
+
+CONV1D = re.compile(r'(c_attn|c_proj|c_fc)\.weight$')
+PREFIXES = re.compile(r'^((module|_orig_mod|transformer)\.)+|\b_orig_mod\.')    # wrappers' names
 # GPT2Config's fields that config.json has under the same name, and transformers' names of others
-CONFIG_KEYS = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'layer_norm_epsilon',
-               'tie_word_embeddings')
+SAME_NAMES = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'layer_norm_epsilon',
+              'tie_word_embeddings')
 OUR_NAMES = {'n_positions': 'block_size', 'max_position_embeddings': 'block_size',
              'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer',
              'num_attention_heads': 'n_head'}
+# what a model's folder brings beside config.json and weights
+COMPANIONS = ('*token*.json', 'vocab.*', 'merges.txt', '*.model', 'chat_template*',
+              'generation_config.json')
 
 def companions(source):
     """{file name: bytes}: a MODEL's tokenizer files, chat template and generation config.
@@ -455,7 +432,6 @@ def local_folder(name):
     if os.path.isdir(name):
         return name
     from huggingface_hub import snapshot_download
-    check(not os.path.isfile(name), f"{name} is a file: name the folder that it lies in")
     wanted = ['config.json', *COMPANIONS, 'model*.safetensors*']
     try:
         folder = snapshot_download(name, allow_patterns=wanted)
@@ -465,46 +441,55 @@ def local_folder(name):
     except Exception as e:      # the many ways of not being there: offline, unknown, private
         raise UserError(f"{name} is no folder here, and no model on the hub ({one_line(e)})")
 
-def _read_config(folder):
-    """GPT2Config's fields from config.json; the defaults of both are the same."""
-    path = Path(folder, 'config.json')
-    check(path.exists(), f"{folder} has no config.json: expected a Hugging Face folder or out_dir")
+def _read_folder(folder):
+    """-> (GPT2Config's fields, state dict under our names)."""
+    c, sd = _read_config(Path(folder, 'config.json')), _read_weights(folder)
+    if c.tie_word_embeddings:       # stored under either name, or both
+        wte = sd.setdefault('wte.weight', sd.get('lm_head.weight'))
+        head = sd.setdefault('lm_head.weight', wte)
+        check(wte is not None and torch.equal(wte, head),
+              f"{folder}: wte.weight and lm_head.weight, which are tied, are missing or differ")
+    return vars(c), sd
+
+def _read_config(path):
+    """GPT2Config from config.json; the defaults of both are the same."""
     try:
         hf = {OUR_NAMES.get(k, k): v for k, v in json.loads(path.read_bytes()).items()}
-        c = GPT2Config(**{k: hf.pop(k) for k in ('block_size', *CONFIG_KEYS) if k in hf})
-    except (ValueError, TypeError, AttributeError) as e:
+        # what would change the computation, with the values that this model has
+        for key, good in {
+                'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
+                'n_inner': [None, 4 * hf.get('n_embd', GPT2Config.n_embd)],
+                'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False],
+                'add_cross_attention': [False], 'tie_word_embeddings': [True, False]}.items():
+            check(hf.get(key, good[0]) in good, f"{key} is {hf.get(key)!r}; expected {good[0]!r}")
+        c = GPT2Config(**{k: hf.pop(k) for k in ('block_size', *SAME_NAMES) if k in hf})
+    except (OSError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is not the config.json of a GPT-2 ({one_line(e)})")
-    # what would change the computation, with the values that this model has
-    for key, good in {
-            'model_type': ('gpt2',), 'activation_function': ('gelu_new', 'gelu_pytorch_tanh'),
-            'n_inner': (None, 4 * c.n_embd), 'scale_attn_weights': (True,),
-            'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,)}.items():
-        check(hf.get(key, good[0]) in good, f"{path}: {key} is {hf.get(key)!r}, not {good[0]!r}")
-    c.hf = {'bos_token_id': 50256, 'eos_token_id': 50256, **hf}
-    for key in ('n_ctx', 'n_inner', 'torch_dtype', 'transformers_version'):
-        c.hf.pop(key, None)
+    stale = ('n_ctx', 'n_inner', 'torch_dtype', 'transformers_version')
+    c.hf = {'bos_token_id': 50256, 'eos_token_id': 50256,
+            **{k: v for k, v in hf.items() if k not in stale}}
     eot = c.hf['eos_token_id']
     eot = eot[0] if isinstance(eot, list) and eot else eot
     if type(eot) is int and 0 <= eot < c.vocab_size:
         c.eot_token_id = eot
-    return vars(c)
+    return c
 
 def _read_weights(folder):
-    """{name: tensor} of model.safetensors or else pytorch_model.bin, whole or in shards."""
-    load_bin = functools.partial(torch.load, map_location='cpu', weights_only=True)
+    """{our name: tensor} of model.safetensors or else pytorch_model.bin, whole or in shards."""
+    def load_bin(path):
+        return torch.load(path, map_location='cpu', weights_only=True)
     for name, load in (('model.safetensors', load_file), ('pytorch_model.bin', load_bin)):
-        whole, index, parts = Path(folder, name), Path(folder, f'{name}.index.json'), []
+        whole, index = Path(folder, name), Path(folder, f'{name}.index.json')
+        if not whole.exists() and not index.exists():
+            continue
         try:
-            if whole.exists():
-                parts = [name]
-            elif index.exists():
-                parts = {*json.loads(index.read_bytes())['weight_map'].values()}
-            sd = {k: v for part in parts for k, v in load(Path(folder, part)).items()}
-            check(all(torch.is_tensor(v) for v in sd.values()), "expected {name: tensor}")
+            shards = [name] if whole.exists() else {
+                *json.loads(index.read_bytes())['weight_map'].values()}
+            return {PREFIXES.sub('', k): v.t() if CONV1D.search(k) else v
+                    for shard in shards for k, v in load(Path(folder, shard)).items()
+                    if not k.endswith(('.attn.bias', '.attn.masked_bias'))}     # causal masks
         except Exception as e:      # each library has its own types
             raise UserError(f"{whole} is damaged or not a model's weights ({one_line(e)})")
-        if sd:
-            return sd
     raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 # -----------------------------------------------------------------------------
@@ -549,8 +534,8 @@ def load_checkpoint(out_dir):
         check('iter_num' not in ckpt, "nanoGPT's, whose GELU is not GPT-2's")
         GPT2Config(**ckpt['model_args'])
         ckpt['model'].keys()
-    except Exception as e:      # damage has many names, and torch's text is a page
-        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({one_line(e, 60)})")
+    except Exception as e:      # damage has many names
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({one_line(e)})")
     return ckpt
 
 # -----------------------------------------------------------------------------
@@ -574,19 +559,18 @@ TROUBLE = {
     r'^torch\._(inductor|dynamo)':
         "torch.compile failed; it needs a C++ compiler and one graph: type --compile=False",
     'closed by peer|gloo|NCCL':
-        "lost the other processes of this run; the one that failed says why"}
+        "lost the other processes of this run; the one that failed says why",
+    '^wandb|ModuleNotFoundError: .*wandb':
+        "wandb does not start: pip install wandb, set WANDB_MODE=offline, or leave out --wandb_log",
+    'KeyboardInterrupt': "interrupted"}
 
 def trouble(e):
     """What to tell a person of an exception, on one line; None if it is a fault of the program."""
-    if isinstance(e, UserError):
+    if isinstance(e, (UserError, OSError)):
         return one_line(e, None)
-    if isinstance(e, OSError):
-        return f"{e.strerror or one_line(e)}{f': {e.filename}' if e.filename else ''}"
-    if isinstance(e, (RuntimeError, MemoryError)) or type(e).__module__.startswith('torch._'):
-        for pattern, advice in TROUBLE.items():
-            if re.search(pattern, f'{type(e).__module__}.{type(e).__name__}: {e}'):
-                return f"{advice} ({one_line(e)})"
-    return "interrupted" if isinstance(e, KeyboardInterrupt) else None
+    for pattern, advice in TROUBLE.items():
+        if re.search(pattern, f'{type(e).__module__}.{type(e).__name__}: {e}'):
+            return f"{advice} ({one_line(e)})"
 
 def command(main):
     """Decorates a script's main(argv): --help prints its docstring, trouble one line, status 2."""
