@@ -42,18 +42,17 @@ class GPT2Config:
     hf: dict = field(default_factory=dict)  # the rest of the config.json it came from
 
     def __post_init__(self):
-        def need(name, good, expected):
-            check(good, f"{name} is {getattr(self, name)!r}; expected {expected}")
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             n = getattr(self, name)
-            need(name, type(n) is int and n >= 1, "a whole number from 1")
-        need('n_embd', self.n_embd % self.n_head == 0, f"a multiple of n_head, {self.n_head}")
-        need('ln_mode', self.ln_mode in ('real', 'fake', 'none'), "'real', 'fake' or 'none'")
-        need('layer_norm_epsilon', self.layer_norm_epsilon > 0, "a number above 0")
-        self.tie_word_embeddings &= self.ln_mode != 'none'
+            check(type(n) is int and n >= 1, f"{name} is {n!r}; expected a whole number from 1")
+        mode, eps = self.ln_mode, self.layer_norm_epsilon
+        check(self.n_embd % self.n_head == 0,
+              f"n_embd is {self.n_embd}; expected a multiple of n_head, {self.n_head}")
+        check(mode in ('real', 'fake', 'none'), f"ln_mode is {mode!r}; expected real, fake or none")
+        check(eps > 0, f"layer_norm_epsilon is {eps!r}; expected a number above 0")
+        self.tie_word_embeddings &= mode != 'none'
         if self.eot_token_id is None:
-            padded = 50257 < self.vocab_size < 50257 + 128      # some pad GPT-2's vocabulary
-            self.eot_token_id = 50256 if padded else self.vocab_size - 1
+            self.eot_token_id = min(50256, self.vocab_size - 1)
 
 # -----------------------------------------------------------------------------
 # The LayerNorm switch.
@@ -110,7 +109,6 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x_qk, x_v):
@@ -126,19 +124,16 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        return self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        # GPT-2 uses the tanh form of GELU; the exact one is off by up to 5e-4, which logits show
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')))
+    def forward(self, x):   # GPT-2 uses the tanh form of GELU; nanoGPT's exact one shows in logits
+        return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -147,12 +142,13 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, kind):
         (x_qk, x_v), std_1 = self.ln_1(x, kind)
-        x = x + self.attn(x_qk, x_v)
+        x = x + self.drop(self.attn(x_qk, x_v))
         (y,), std_2 = self.ln_2(x, kind)
-        return x + self.mlp(y), [std_1, std_2]
+        return x + self.drop(self.mlp(y)), [std_1, std_2]
 
 class GPT2(nn.Module):
     def __init__(self, config):
@@ -166,17 +162,14 @@ class GPT2(nn.Module):
         self.ln_f = LayerNorm(config)
         # a bias on the unembedding only where ln_f's has been folded into it
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.ln_mode == 'none')
-        self._tie()
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.wte.weight
         for name, p in self.named_parameters():     # GPT-2's initialisation
             if p.dim() == 2:    # 2 * n_layer of the c_proj add up in the residual stream
                 n = 2 * config.n_layer if name.endswith('c_proj.weight') else 1
                 nn.init.normal_(p, std=0.02 / math.sqrt(n))
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
-
-    def _tie(self):
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.wte.weight
 
     def kinds(self, idx):
         """The kind of each token, TOKEN, BOS or EOT: idx (B, T) -> (B, T) int64."""
@@ -189,9 +182,8 @@ class GPT2(nn.Module):
         Targets of -1 are left out of its mean. `return_stds` adds sigma of the input of each of
         `layernorms()`, (B, T), differentiable. Raises UserError if T exceeds block_size.
         """
-        B, T = idx.shape
-        if T > self.config.block_size:
-            raise UserError(f"got {T} tokens; the model's context is {self.config.block_size}")
+        T = idx.shape[1]
+        check(T <= self.config.block_size, f"got {T} tokens; context is {self.config.block_size}")
         kind = self.kinds(idx) if self.config.ln_mode == 'fake' else None
         stds = []
         x = self.drop(self.wte(idx) + self.wpe.weight[:T])      # (B, T, C)
@@ -223,9 +215,8 @@ class GPT2(nn.Module):
 
     def flops_per_token(self):
         """In training: 6N + 12LCT (PaLM, arXiv 2204.02311, app. B). N: parameters that multiply."""
-        c = self.config
-        n = self.num_params() - self.wpe.weight.numel()
-        n -= 0 if c.tie_word_embeddings else self.wte.weight.numel()
+        c, parts = self.config, (self.h, self.ln_f, self.lm_head)
+        n = sum(p.numel() for part in parts for p in part.parameters())
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
 
     def crop_block_size(self, block_size):
@@ -236,7 +227,7 @@ class GPT2(nn.Module):
         self.wpe.weight = nn.Parameter(self.wpe.weight[:block_size].detach().clone())
 
     # -------------------------------------------------------------------------
-    # Sites: one for each reader of an LN, 3 * n_layer + 1 in all.
+    # Sites: one for each reader of an LN, 3 * n_layer + 1 in all; and folding.
 
     def layernorms(self):
         """{name: LayerNorm}, in the order in which the forward pass meets them."""
@@ -245,27 +236,15 @@ class GPT2(nn.Module):
     def sites(self):
         """{site: its gate}, in the same order: h.0.ln_1.qk, h.0.ln_1.v, h.0.ln_2, ..., ln_f.
 
-        A gate is a 0-d view of the LN's buffer, so `.fill_(1)` removes the site. Needs 'fake'.
+        In 'fake' a gate is a 0-d view of the LN's buffer, and `.fill_(1)` removes the site; in
+        'real' it is the number 0, in 'none' 1.
         """
-        mode = self.config.ln_mode
-        check(mode == 'fake', f"ln_mode {mode!r} has no gates: load the model with ln_mode='fake'")
-        return {name + side: ln.gate[i] for name, ln in self.layernorms().items()
-                for i, side in enumerate(ln.sides)}
+        return {name + side: ln.gate[i] if ln.mode == 'fake' else int(ln.mode == 'none')
+                for name, ln in self.layernorms().items() for i, side in enumerate(ln.sides)}
 
     def sites_left(self):
         """The sites where a LayerNorm still divides, at least in part, by the token's own std."""
-        return [name + side for name, ln in self.layernorms().items()
-                for i, side in enumerate(ln.sides)
-                if ln.mode == 'real' or ln.mode == 'fake' and ln.gate[i] != 1]
-
-    def intact(self):
-        """Whether no site has been removed, not even in part."""
-        mode = self.config.ln_mode
-        return mode == 'real' or mode == 'fake' and not any(self.sites().values())
-
-    # -------------------------------------------------------------------------
-    # Folding. Stock LayerNorm can compute what a removed one does, and what none at all does:
-    # with an epsilon so huge that sqrt(var + epsilon) is a constant, which the weights make good.
+        return [site for site, gate in self.sites().items() if gate != 1]
 
     READERS = {'ln_1': 'attn.c_attn', 'ln_2': 'mlp.c_fc', 'ln_f': 'lm_head'}
 
@@ -285,10 +264,9 @@ class GPT2(nn.Module):
             reader = name[:-4] + self.READERS[name[-4:]]
             w, b = (sd.pop(f'{name}.{p}').double() for p in ('weight', 'bias'))
             W = sd[f'{reader}.weight']
-            c = sd.get(f'{reader}.bias', W.new_zeros(len(W)))
             Ws = W * (w / math.sqrt(eps))
             sd[f'{reader}.weight'] = (Ws - Ws.mean(1, keepdim=True)).to(W.dtype)
-            sd[f'{reader}.bias'] = (c + W.double() @ b).to(W.dtype)
+            sd[f'{reader}.bias'] = sd.get(f'{reader}.bias', 0) + W.double() @ b
         args = vars(self.config) | {'ln_mode': 'none'}
         model = self.from_state(args, sd, 'the folded model', dropout=self.config.dropout)
         return model.to(self.wte.weight).train(self.training)       # to its device and dtype
@@ -297,34 +275,34 @@ class GPT2(nn.Module):
     def _stock(self, eps):
         """-> (state dict on the CPU, epsilon) of stock LayerNorms that compute the same.
 
-        An intact model keeps its own epsilon, another takes `eps`. Raises UserError where stock
-        LayerNorm cannot: a removal half done, and whatever else the numbers show.
+        Where LN is gone, the epsilon is `eps`, so huge that each divides by a constant, and the
+        weights make up for it. Raises UserError where stock LN cannot compute the same.
         """
-        c, intact, left = self.config, self.intact(), self.sites_left()
+        c, left, intact = self.config, self.sites_left(), not any(self.sites().values())
         check(intact or not left, f"{len(left)} of {3 * c.n_layer + 1} sites still divide by the "
                                   f"token's own std")
         eps = c.layer_norm_epsilon if intact else eps
         sd = {k: v.cpu() for k, v in self.state_dict().items() if k.endswith(('weight', 'bias'))}
-        x = torch.randn(1, len(KINDS), c.n_embd, device=self.wte.weight.device) + 1
-        kind = torch.arange(len(KINDS), device=x.device)[None]      # (1, 3): a token of each
+        x = torch.randn(1, 3, c.n_embd, device=self.wte.weight.device) + 1
+        kind = torch.tensor([[TOKEN, BOS, EOT]], device=x.device)
         for name, ln in self.layernorms().items():
             w, b = x.new_full((c.n_embd,), math.sqrt(eps)), x.new_zeros(c.n_embd)
             if ln.mode != 'none':
                 w, b = ln.weight if intact else ln.weight * (w / ln.std[TOKEN]), ln.bias
             sd[f'{name}.weight'], sd[f'{name}.bias'] = w.cpu(), b.cpu()
-            stock = F.layer_norm(x, x.shape[-1:], w, b, eps)
+            # our code may have been edited: believe the numbers that the reader computes
             W = sd[f'{name[:-4]}{self.READERS[name[-4:]]}.weight']
-            for y in ln(x, kind)[0]:    # our code may have been edited: believe the numbers
-                error, size = (abs(z.cpu() @ W.T).max() for z in (y - stock, stock))
-                check(error <= 1e-4 * size, f"{name} is no stock LayerNorm: edited, with constants "
-                      f"of position 0 or end-of-text, or read with the residual stream's mean")
+            stock = F.layer_norm(x, x.shape[-1:], w, b, eps)
+            error = (torch.stack(ln(x, kind)[0]) - stock).cpu() @ W.T
+            check(abs(error).max() <= 1e-4 * abs(stock.cpu() @ W.T).max(),
+                  f"{name} is no stock LayerNorm: edited, with constants of position 0 or "
+                  f"end-of-text, or read by a layer that sees the residual stream's mean")
         if c.ln_mode == 'none':
             # A stock lm_head has no bias. Its rows have mean zero and meet vectors of mean zero, so
             # a constant u added to a row changes nothing, until ln_f adds 1 to each of the C
             # entries: then it adds C u. u = bias / C.
-            sd['ln_f.bias'] += 1
-            sd['lm_head.weight'] = (sd['lm_head.weight']
-                                    + sd.pop('lm_head.bias')[:, None] / c.n_embd)
+            u = sd.pop('lm_head.bias')[:, None] / c.n_embd
+            sd['ln_f.bias'], sd['lm_head.weight'] = sd['ln_f.bias'] + 1, sd['lm_head.weight'] + u
         return sd, eps
 
     # -------------------------------------------------------------------------
@@ -338,34 +316,41 @@ class GPT2(nn.Module):
         has no LayerNorm, whatever its modules are called: it loads as 'none'. Weights become
         float32; nothing that is loaded can run code. Raises UserError for what is not a GPT-2.
         """
-        source = os.path.expanduser(os.fspath(name_or_dir))
-        if os.path.exists(os.path.join(source, 'ckpt.pt')):
-            ckpt = load_checkpoint(source)
-            return cls.from_state(ckpt['model_args'], ckpt['model'], source, ln_mode, dropout)
-        folder = local_folder(source)
-        return cls.from_state(*_read_folder(folder), folder, ln_mode, dropout)
+        folder = local_folder(name_or_dir)
+        if os.path.exists(os.path.join(folder, 'ckpt.pt')):
+            ckpt = load_checkpoint(folder)
+            args, sd = ckpt['model_args'], ckpt['model']
+        else:
+            args, sd = _read_config(folder), _read_weights(folder)
+        return cls.from_state(args, sd, folder, ln_mode, dropout)
 
     @classmethod
     def from_state(cls, model_args, sd, source, ln_mode=None, dropout=0.0):
         """A model of GPT2Config's fields and a state dict, in ln_mode if that changes no logit."""
-        config = GPT2Config(**model_args | {'dropout': dropout})
-        last = f'h.{config.n_layer - 1}.attn.c_attn.weight'     # before a billion layers are made
-        check(last in sd, f"{source}: n_layer is {config.n_layer}, but the weights lack {last}")
         try:
+            config = GPT2Config(**model_args | {'dropout': dropout})
+            last = f'h.{config.n_layer - 1}.attn.c_attn.weight'     # before a billion are made
+            check(last in sd, f"n_layer is {config.n_layer}, but the weights lack {last}")
+            if config.tie_word_embeddings:      # stored under either name, or both
+                wte = sd.setdefault('wte.weight', sd.get('lm_head.weight'))
+                check(torch.equal(wte, sd.setdefault('lm_head.weight', wte)),
+                      "wte.weight and lm_head.weight are tied, but differ")
             with torch.device('meta'):      # no memory is filled with random numbers first
                 model = cls(config)
             sd = {k: v.float().contiguous() for k, v in sd.items()}
             model.load_state_dict(sd, assign=True)
-        except (RuntimeError, TypeError, AttributeError) as e:      # what is missing or misshapen
-            raise UserError(f"{source}: {one_line(e)}")
-        model._tie()        # assigning gave wte and lm_head a parameter each
+        except (ValueError, RuntimeError, TypeError, AttributeError) as e:
+            raise UserError(f"{source} is not a GPT-2's: {one_line(e)}")
+        if config.tie_word_embeddings:      # assigning gave each a parameter of its own
+            model.lm_head.weight = model.wte.weight
         # dividing by sqrt(var + 1e12) is dividing by the constant 1e6: a removed LN
         free = config.ln_mode == 'real' and config.layer_norm_epsilon >= 1e6
         if free or ln_mode == 'none' != config.ln_mode:
             model = model.fold_ln()
         if ln_mode in (None, model.config.ln_mode):
             return model
-        check(model.intact(), f"{source} cannot become {ln_mode!r}, for its LayerNorm is gone")
+        gone = any(model.sites().values())
+        check(not gone, f"{source} cannot become {ln_mode!r}, for its LayerNorm is gone")
         model.config = replace(config, ln_mode=ln_mode)
         for name, ln in model.layernorms().items():     # what is not LayerNorm's own begins fresh
             new = LayerNorm(model.config, ln.sides)
@@ -377,9 +362,8 @@ class GPT2(nn.Module):
         """Writes a folder that transformers' GPT2LMHeadModel loads, and `files`, {name: bytes}.
 
         Without LayerNorm the modules stay, in the published convention: epsilon 1e12, so that each
-        divides by 1e6 whatever the token, and weights scaled by 1e6 / s. These do not fit float16;
-        a folded model's do with eps=1e8, at a relative error of var / 2e8. Raises UserError where
-        transformers cannot express the model (see _stock).
+        divides by 1e6, and weights scaled by 1e6 / s. These do not fit float16; a folded model's do
+        with eps=1e8, at a relative error of var / 2e8. Raises UserError as _stock does.
         """
         c = self.config
         sd, eps = self._stock(eps)
@@ -392,7 +376,7 @@ class GPT2(nn.Module):
             'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'dtype': 'float32',
             'activation_function': 'gelu_new', 'n_positions': c.block_size,
             **{f'{part}_pdrop': c.dropout for part in ('resid', 'embd', 'attn')},
-            **{k: getattr(c, k) for k in SAME_NAMES}, 'layer_norm_epsilon': eps}
+            **{k: getattr(c, k) for k in SAME}, 'layer_norm_epsilon': eps}
         ids = {k: config[k] for k in ('bos_token_id', 'eos_token_id', 'pad_token_id') if k in config}
         files = {'generation_config.json': json.dumps(ids).encode(), **files,
                  'model.safetensors': lambda tmp: save_file(sd, tmp, metadata={'format': 'pt'}),
@@ -406,29 +390,13 @@ class GPT2(nn.Module):
 
 CONV1D = re.compile(r'(c_attn|c_proj|c_fc)\.weight$')
 PREFIXES = re.compile(r'^((module|_orig_mod|transformer)\.)+|\b_orig_mod\.')    # wrappers' names
-# GPT2Config's fields that config.json has under the same name, and transformers' names of others
-SAME_NAMES = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'layer_norm_epsilon',
-              'tie_word_embeddings')
-OUR_NAMES = {'n_positions': 'block_size', 'max_position_embeddings': 'block_size',
-             'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer',
-             'num_attention_heads': 'n_head'}
-# what a model's folder brings beside config.json and weights
+SAME = ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'layer_norm_epsilon', 'tie_word_embeddings')
 COMPANIONS = ('*token*.json', 'vocab.*', 'merges.txt', '*.model', 'chat_template*',
               'generation_config.json')
 
-def companions(source):
-    """{file name: bytes}: a MODEL's tokenizer files, chat template and generation config.
-
-    A run keeps those of the model that it began from in out_dir/tokenizer, and hands them on.
-    """
-    source = os.path.expanduser(source)
-    run = os.path.exists(os.path.join(source, 'ckpt.pt'))
-    folder = Path(source, 'tokenizer') if run else Path(local_folder(source))
-    return {f.name: f.read_bytes() for pattern in COMPANIONS
-            for f in sorted(folder.glob(pattern)) if f.is_file()}
-
 def local_folder(name):
     """The folder itself, or the one into which the hub's library downloads a model of this name."""
+    name = os.path.expanduser(os.fspath(name))
     if os.path.isdir(name):
         return name
     from huggingface_hub import snapshot_download
@@ -441,38 +409,37 @@ def local_folder(name):
     except Exception as e:      # the many ways of not being there: offline, unknown, private
         raise UserError(f"{name} is no folder here, and no model on the hub ({one_line(e)})")
 
-def _read_folder(folder):
-    """-> (GPT2Config's fields, state dict under our names)."""
-    c, sd = _read_config(Path(folder, 'config.json')), _read_weights(folder)
-    if c.tie_word_embeddings:       # stored under either name, or both
-        wte = sd.setdefault('wte.weight', sd.get('lm_head.weight'))
-        head = sd.setdefault('lm_head.weight', wte)
-        check(wte is not None and torch.equal(wte, head),
-              f"{folder}: wte.weight and lm_head.weight, which are tied, are missing or differ")
-    return vars(c), sd
+def companions(source):
+    """{file name: bytes}: a MODEL's tokenizer files, chat template and generation config."""
+    folder = Path(local_folder(source))
+    if (folder / 'ckpt.pt').exists():   # a run keeps those of the model that it began from
+        folder /= 'tokenizer'
+    return {f.name: f.read_bytes() for pattern in COMPANIONS
+            for f in sorted(folder.glob(pattern)) if f.is_file()}
 
-def _read_config(path):
-    """GPT2Config from config.json; the defaults of both are the same."""
+def _read_config(folder):
+    """GPT2Config's fields from config.json; the defaults of both are the same."""
+    path = Path(folder, 'config.json')
     try:
-        hf = {OUR_NAMES.get(k, k): v for k, v in json.loads(path.read_bytes()).items()}
+        hf = {'bos_token_id': 50256, 'eos_token_id': 50256} | json.loads(path.read_bytes())
         # what would change the computation, with the values that this model has
         for key, good in {
                 'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
                 'n_inner': [None, 4 * hf.get('n_embd', GPT2Config.n_embd)],
                 'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False],
-                'add_cross_attention': [False], 'tie_word_embeddings': [True, False]}.items():
+                'add_cross_attention': [False], 'tie_word_embeddings': [True, False],
+                'num_attention_heads': [None]}.items():
             check(hf.get(key, good[0]) in good, f"{key} is {hf.get(key)!r}; expected {good[0]!r}")
-        c = GPT2Config(**{k: hf.pop(k) for k in ('block_size', *SAME_NAMES) if k in hf})
+        c = GPT2Config(hf.pop('n_positions', 1024), **{k: hf.pop(k) for k in SAME if k in hf})
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is not the config.json of a GPT-2 ({one_line(e)})")
-    stale = ('n_ctx', 'n_inner', 'torch_dtype', 'transformers_version')
-    c.hf = {'bos_token_id': 50256, 'eos_token_id': 50256,
-            **{k: v for k, v in hf.items() if k not in stale}}
-    eot = c.hf['eos_token_id']
+    eot = hf['eos_token_id']
     eot = eot[0] if isinstance(eot, list) and eot else eot
     if type(eot) is int and 0 <= eot < c.vocab_size:
         c.eot_token_id = eot
-    return c
+    stale = ('n_ctx', 'n_inner', 'torch_dtype', 'transformers_version')
+    c.hf = {k: v for k, v in hf.items() if k not in stale}
+    return vars(c)
 
 def _read_weights(folder):
     """{our name: tensor} of model.safetensors or else pytorch_model.bin, whole or in shards."""
@@ -483,8 +450,9 @@ def _read_weights(folder):
         if not whole.exists() and not index.exists():
             continue
         try:
-            shards = [name] if whole.exists() else {
-                *json.loads(index.read_bytes())['weight_map'].values()}
+            shards = {name}
+            if not whole.exists():
+                shards = {*json.loads(index.read_bytes())['weight_map'].values()}
             return {PREFIXES.sub('', k): v.t() if CONV1D.search(k) else v
                     for shard in shards for k, v in load(Path(folder, shard)).items()
                     if not k.endswith(('.attn.bias', '.attn.masked_bias'))}     # causal masks
@@ -528,14 +496,12 @@ def save_checkpoint(out_dir, model, **extra):
 def load_checkpoint(out_dir):
     """What save_checkpoint wrote, on the CPU. Raises UserError if it is missing or damaged."""
     path = os.path.join(out_dir, 'ckpt.pt')
-    check(os.path.exists(path), f"no checkpoint {path}: expected an out_dir of train.py")
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
         check('iter_num' not in ckpt, "nanoGPT's, whose GELU is not GPT-2's")
-        GPT2Config(**ckpt['model_args'])
-        ckpt['model'].keys()
+        check({'model', 'model_args'} <= ckpt.keys(), "it lacks model or model_args")
     except Exception as e:      # damage has many names
-        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({one_line(e)})")
+        raise UserError(f"{path} is missing, damaged or not of train.py ({one_line(e)})")
     return ckpt
 
 # -----------------------------------------------------------------------------
@@ -575,10 +541,9 @@ def trouble(e):
 def command(main):
     """Decorates a script's main(argv): --help prints its docstring, trouble one line, status 2."""
     def wrapped(argv=None):
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, 'reconfigure'):  # what a terminal cannot print must not end a run
-                stream.reconfigure(errors='backslashreplace')
         argv = sys.argv[1:] if argv is None else argv
+        if hasattr(sys.stdout, 'reconfigure'):  # what a terminal cannot print must not end a run
+            sys.stdout.reconfigure(errors='backslashreplace')
         if '--help' in argv or '-h' in argv:
             return print(main.__globals__['__doc__'])
         try:
