@@ -4,7 +4,6 @@ then folding, loading and saving.
 
     model = GPT2.from_pretrained('gpt2', ln_mode='fake')    # a hub id, a folder or a run's out_dir
     logits, loss = model(idx, targets)                      # idx, targets: (B, T) int64
-
     python model.py MODEL FOLDER [--folded] [--float16]     # writes MODEL as a Hugging Face folder
         --folded     with the constants of an LN-free model folded into its weights
         --float16    the same, in numbers that fit float16 (see save_pretrained)
@@ -23,7 +22,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -45,10 +43,10 @@ class GPT2Config:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             n = getattr(self, name)
             check(type(n) is int and n >= 1, f"{name} is {n!r}; expected a whole number from 1")
-        mode, eps = self.ln_mode, self.layer_norm_epsilon
         check(self.n_embd % self.n_head == 0,
               f"n_embd is {self.n_embd}; expected a multiple of n_head, {self.n_head}")
-        check(mode in ('real', 'fake', 'none'), f"ln_mode is {mode!r}; expected real, fake or none")
+        mode, eps = self.ln_mode, self.layer_norm_epsilon
+        check(mode in ('real', 'fake', 'none'), f"ln_mode is {mode!r}; try real, fake or none")
         check(eps > 0, f"layer_norm_epsilon is {eps!r}; expected a number above 0")
         self.tie_word_embeddings &= mode != 'none'
         if self.eot_token_id is None:
@@ -58,14 +56,14 @@ class GPT2Config:
 # The LayerNorm switch.
 #
 #   real LN      y = (x - mean(x)) / sigma(x) * w + b      sigma(x) = sqrt(var(x) + eps)
-#   removed LN   y = (x - mean(x)) / s        * w + b      s: a frozen constant, so y is affine in x
+#   removed LN   y = (x - mean(x)) / s        * w + b      s: a frozen constant: y is affine in x
 #   in between   y = (1-g) real + g removed                g in [0, 1]: the gate of the site
 #
 # s depends on the kind of token, because trained GPT-2s park a giant vector at position 0 and at
 # end-of-text. A merge sets the special constants equal to the ordinary one; only then is the map
-# affine, and the LayerNorm foldable. Queries/keys and values both read ln_1, and are removed at
-# different times: two gates. Gates and constants are buffers: they travel in the state dict, and
-# torch.compile treats them as data, so that moving a gate changes no graph.
+# affine, and can be folded. Queries/keys and values read ln_1, and are removed at different times:
+# two gates. Gates and constants are buffers: they travel in the state dict, and are data to
+# torch.compile, so that moving a gate changes no graph.
 
 TOKEN, BOS, EOT = 0, 1, 2       # ordinary; position 0; end-of-text, also at position 0
 KINDS = ('token', 'bos', 'eot')
@@ -94,8 +92,7 @@ class LayerNorm(nn.Module):
         """x (B, T, C), kind (B, T) -> ([(B, T, C) for each side], sigma(x) (B, T))."""
         if self.mode == 'none':
             return [x] * len(self.sides), None
-        sigma = (x.var(-1, correction=0) + self.eps).sqrt()
-        y = self.real(x)
+        sigma, y = (x.var(-1, correction=0) + self.eps).sqrt(), self.real(x)
         if self.mode == 'real':
             return [y] * len(self.sides), sigma
         frozen = self.frozen(x, kind)
@@ -182,11 +179,10 @@ class GPT2(nn.Module):
         Targets of -1 are left out of its mean. `return_stds` adds sigma of the input of each of
         `layernorms()`, (B, T), differentiable. Raises UserError if T exceeds block_size.
         """
-        T = idx.shape[1]
-        check(T <= self.config.block_size, f"got {T} tokens; context is {self.config.block_size}")
+        T, most = idx.shape[1], self.config.block_size
+        check(T <= most, f"got {T} tokens; the model's context is {most}")
         kind = self.kinds(idx) if self.config.ln_mode == 'fake' else None
-        stds = []
-        x = self.drop(self.wte(idx) + self.wpe.weight[:T])      # (B, T, C)
+        x, stds = self.drop(self.wte(idx) + self.wpe.weight[:T]), []        # (B, T, C)
         again = self.gradient_checkpointing and self.training
         for block in self.h:
             x, std = checkpoint(block, x, kind, use_reentrant=False) if again else block(x, kind)
@@ -214,7 +210,7 @@ class GPT2(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """In training: 6N + 12LCT (PaLM, arXiv 2204.02311, app. B). N: parameters that multiply."""
+        """In training: 6N + 12LCT (PaLM, arXiv 2204.02311, app. B); N parameters multiply."""
         c, parts = self.config, (self.h, self.ln_f, self.lm_head)
         n = sum(p.numel() for part in parts for p in part.parameters())
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
@@ -278,9 +274,7 @@ class GPT2(nn.Module):
         Where LN is gone, the epsilon is `eps`, so huge that each divides by a constant, and the
         weights make up for it. Raises UserError where stock LN cannot compute the same.
         """
-        c, left, intact = self.config, self.sites_left(), not any(self.sites().values())
-        check(intact or not left, f"{len(left)} of {3 * c.n_layer + 1} sites still divide by the "
-                                  f"token's own std")
+        c, intact = self.config, not any(self.sites().values())
         eps = c.layer_norm_epsilon if intact else eps
         sd = {k: v.cpu() for k, v in self.state_dict().items() if k.endswith(('weight', 'bias'))}
         x = torch.randn(1, 3, c.n_embd, device=self.wte.weight.device) + 1
@@ -295,14 +289,15 @@ class GPT2(nn.Module):
             stock = F.layer_norm(x, x.shape[-1:], w, b, eps)
             error = (torch.stack(ln(x, kind)[0]) - stock).cpu() @ W.T
             check(abs(error).max() <= 1e-4 * abs(stock.cpu() @ W.T).max(),
-                  f"{name} is no stock LayerNorm: edited, with constants of position 0 or "
+                  f"{name} is no stock LayerNorm ({len(self.sites_left())} of {len(self.sites())} "
+                  f"sites are left): half removed, edited, with constants of position 0 or "
                   f"end-of-text, or read by a layer that sees the residual stream's mean")
         if c.ln_mode == 'none':
-            # A stock lm_head has no bias. Its rows have mean zero and meet vectors of mean zero, so
-            # a constant u added to a row changes nothing, until ln_f adds 1 to each of the C
-            # entries: then it adds C u. u = bias / C.
+            # A stock lm_head has no bias. Its rows have mean zero and meet vectors of mean zero: a
+            # number u added to a row changes nothing, until ln_f adds 1 to each of the C entries.
+            # Then it adds C u, so u = bias / C.
             u = sd.pop('lm_head.bias')[:, None] / c.n_embd
-            sd['ln_f.bias'], sd['lm_head.weight'] = sd['ln_f.bias'] + 1, sd['lm_head.weight'] + u
+            sd['lm_head.weight'], sd['ln_f.bias'] = sd['lm_head.weight'] + u, sd['ln_f.bias'] + 1
         return sd, eps
 
     # -------------------------------------------------------------------------
@@ -312,16 +307,16 @@ class GPT2(nn.Module):
     def from_pretrained(cls, name_or_dir, ln_mode=None, dropout=0.0):
         """Loads a hub id ('gpt2', 'gpt2-medium', ...), a Hugging Face folder, or a run's out_dir.
 
-        ln_mode None keeps what is there. A model in the published LN-free convention (epsilon 1e12)
-        has no LayerNorm, whatever its modules are called: it loads as 'none'. Weights become
-        float32; nothing that is loaded can run code. Raises UserError for what is not a GPT-2.
+        ln_mode None keeps what is there; the published LN-free convention (epsilon 1e12) loads as
+        'none'. Weights become float32; nothing that is loaded can run code. Raises UserError for
+        what is not a GPT-2.
         """
         folder = local_folder(name_or_dir)
         if os.path.exists(os.path.join(folder, 'ckpt.pt')):
             ckpt = load_checkpoint(folder)
             args, sd = ckpt['model_args'], ckpt['model']
         else:
-            args, sd = _read_config(folder), _read_weights(folder)
+            args, sd = _read_folder(folder)
         return cls.from_state(args, sd, folder, ln_mode, dropout)
 
     @classmethod
@@ -362,8 +357,8 @@ class GPT2(nn.Module):
         """Writes a folder that transformers' GPT2LMHeadModel loads, and `files`, {name: bytes}.
 
         Without LayerNorm the modules stay, in the published convention: epsilon 1e12, so that each
-        divides by 1e6, and weights scaled by 1e6 / s. These do not fit float16; a folded model's do
-        with eps=1e8, at a relative error of var / 2e8. Raises UserError as _stock does.
+        divides by 1e6, and weights scaled by 1e6 / s. Those of a folded model fit float16 with
+        eps=1e8, at a relative error of var / 2e8. Raises UserError as _stock does.
         """
         c = self.config
         sd, eps = self._stock(eps)
@@ -377,7 +372,8 @@ class GPT2(nn.Module):
             'activation_function': 'gelu_new', 'n_positions': c.block_size,
             **{f'{part}_pdrop': c.dropout for part in ('resid', 'embd', 'attn')},
             **{k: getattr(c, k) for k in SAME}, 'layer_norm_epsilon': eps}
-        ids = {k: config[k] for k in ('bos_token_id', 'eos_token_id', 'pad_token_id') if k in config}
+        ids = {f'{k}_token_id' for k in ('bos', 'eos', 'pad')}
+        ids = {k: v for k, v in config.items() if k in ids}
         files = {'generation_config.json': json.dumps(ids).encode(), **files,
                  'model.safetensors': lambda tmp: save_file(sd, tmp, metadata={'format': 'pt'}),
                  'config.json': json.dumps(config, indent=2).encode()}  # last: now it is a model
@@ -395,7 +391,7 @@ COMPANIONS = ('*token*.json', 'vocab.*', 'merges.txt', '*.model', 'chat_template
               'generation_config.json')
 
 def local_folder(name):
-    """The folder itself, or the one into which the hub's library downloads a model of this name."""
+    """The folder itself, or that into which the hub's library downloads a model of this name."""
     name = os.path.expanduser(os.fspath(name))
     if os.path.isdir(name):
         return name
@@ -417,54 +413,47 @@ def companions(source):
     return {f.name: f.read_bytes() for pattern in COMPANIONS
             for f in sorted(folder.glob(pattern)) if f.is_file()}
 
-def _read_config(folder):
-    """GPT2Config's fields from config.json; the defaults of both are the same."""
-    path = Path(folder, 'config.json')
+def _read_folder(folder):
+    """-> (GPT2Config's fields, state dict under our names); config.json's defaults are ours."""
+    folder = Path(folder)
     try:
-        hf = {'bos_token_id': 50256, 'eos_token_id': 50256} | json.loads(path.read_bytes())
+        hf = {'bos_token_id': 50256, 'eos_token_id': 50256}
+        hf |= json.loads((folder / 'config.json').read_bytes())
         # what would change the computation, with the values that this model has
         for key, good in {
                 'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
                 'n_inner': [None, 4 * hf.get('n_embd', GPT2Config.n_embd)],
+                'num_attention_heads': [None], 'num_hidden_layers': [None],
                 'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False],
-                'add_cross_attention': [False], 'tie_word_embeddings': [True, False],
-                'num_attention_heads': [None]}.items():
+                'add_cross_attention': [False], 'tie_word_embeddings': [True, False]}.items():
             check(hf.get(key, good[0]) in good, f"{key} is {hf.get(key)!r}; expected {good[0]!r}")
-        c = GPT2Config(hf.pop('n_positions', 1024), **{k: hf.pop(k) for k in SAME if k in hf})
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} is not the config.json of a GPT-2 ({one_line(e)})")
-    eot = hf['eos_token_id']
-    eot = eot[0] if isinstance(eot, list) and eot else eot
-    if type(eot) is int and 0 <= eot < c.vocab_size:
-        c.eot_token_id = eot
-    stale = ('n_ctx', 'n_inner', 'torch_dtype', 'transformers_version')
-    c.hf = {k: v for k, v in hf.items() if k not in stale}
-    return vars(c)
-
-def _read_weights(folder):
-    """{our name: tensor} of model.safetensors or else pytorch_model.bin, whole or in shards."""
-    def load_bin(path):
-        return torch.load(path, map_location='cpu', weights_only=True)
-    for name, load in (('model.safetensors', load_file), ('pytorch_model.bin', load_bin)):
-        whole, index = Path(folder, name), Path(folder, f'{name}.index.json')
-        if not whole.exists() and not index.exists():
-            continue
-        try:
-            shards = {name}
-            if not whole.exists():
-                shards = {*json.loads(index.read_bytes())['weight_map'].values()}
-            return {PREFIXES.sub('', k): v.t() if CONV1D.search(k) else v
-                    for shard in shards for k, v in load(Path(folder, shard)).items()
-                    if not k.endswith(('.attn.bias', '.attn.masked_bias'))}     # causal masks
-        except Exception as e:      # each library has its own types
-            raise UserError(f"{whole} is damaged or not a model's weights ({one_line(e)})")
-    raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+        args = {k: hf.pop(k) for k in SAME if k in hf}
+        args |= {'block_size': hf.pop('n_positions', 1024), 'hf': hf}
+        eot = hf['eos_token_id']
+        eot = eot[0] if isinstance(eot, list) and eot else eot
+        if type(eot) is int and 0 <= eot < args.get('vocab_size', 50257):
+            args['eot_token_id'] = eot
+        for stale in ('n_ctx', 'n_inner', 'torch_dtype', 'transformers_version'):
+            hf.pop(stale, None)
+        sd, files = {}, ('model.safetensors', 'pytorch_model.bin')      # each whole or in shards
+        files = [f for name in files for f in (name, name + '.index.json') if (folder / f).exists()]
+        check(files, "it has neither model.safetensors nor pytorch_model.bin")
+        shards = {files[0]}
+        if files[0].endswith('.json'):
+            shards = {*json.loads((folder / files[0]).read_bytes())['weight_map'].values()}
+        for shard in shards:
+            sd |= (load_file(folder / shard) if shard.endswith('.safetensors') else
+                   torch.load(folder / shard, map_location='cpu', weights_only=True))
+        return args, {PREFIXES.sub('', k): v.t() if CONV1D.search(k) else v for k, v in sd.items()
+                      if not k.endswith(('.attn.bias', '.attn.masked_bias'))}   # causal masks
+    except Exception as e:      # each library has its own types
+        raise UserError(f"{folder} is damaged or not the folder of a GPT-2 ({one_line(e)})")
 
 # -----------------------------------------------------------------------------
 # Checkpoints.
 
 def write(path, content):
-    """Writes bytes, or what content(path) writes, to `path`: whole or not at all. Follows links."""
+    """Writes bytes, or what content(path) writes, whole or not at all. Follows links."""
     path = os.path.realpath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     tmp = path + '.partial'
@@ -477,7 +466,7 @@ def write(path, content):
                 if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                     raise
         os.replace(tmp, path)
-    except (OSError, RuntimeError, SafetensorError) as e:   # a full disk has three names
+    except Exception as e:      # each library has its own name for a full disk
         raise UserError(f"{path} cannot be written ({one_line(e)}); what was there is intact")
     finally:
         Path(tmp).unlink(missing_ok=True)
@@ -489,7 +478,7 @@ def probe(path):
     os.remove(path + '.probe')
 
 def save_checkpoint(out_dir, model, **extra):
-    """Writes out_dir/ckpt.pt, whole or not at all: `extra` may be tensors and plain values only."""
+    """Writes out_dir/ckpt.pt, whole or not at all. `extra`: tensors and plain values only."""
     ckpt = {'model_args': asdict(model.config), 'model': model.state_dict(), **extra}
     write(os.path.join(out_dir, 'ckpt.pt'), lambda tmp: torch.save(ckpt, tmp))
 
@@ -527,7 +516,7 @@ TROUBLE = {
     'closed by peer|gloo|NCCL':
         "lost the other processes of this run; the one that failed says why",
     '^wandb|ModuleNotFoundError: .*wandb':
-        "wandb does not start: pip install wandb, set WANDB_MODE=offline, or leave out --wandb_log",
+        "wandb failed: pip install wandb, set WANDB_MODE=offline, or leave out --wandb_log",
     'KeyboardInterrupt': "interrupted"}
 
 def trouble(e):
@@ -565,7 +554,8 @@ def main(argv):
     check(not os.path.exists(folder), f"{folder} exists: choose another name, or move it away")
     model = GPT2.from_pretrained(source, 'none' if flags else None)
     model.save_pretrained(folder, companions(source), 1e8 if '--float16' in flags else HF_EPS)
-    print(f"{folder}: {model.num_params():,} parameters, {len(model.sites_left())} LayerNorm sites")
+    n, left = model.num_params(), len(model.sites_left())
+    print(f"{folder}: {n:,} parameters, {left} LayerNorm sites")
 
 if __name__ == '__main__':
     main()
