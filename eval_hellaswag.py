@@ -1,6 +1,5 @@
 """
-HellaSwag accuracy of any model (Zellers et al. 2019, arXiv 1905.07830): which of four endings is
-likeliest?
+HellaSwag accuracy of any model (Zellers et al. 2019, arXiv 1905.07830): which ending is likeliest?
 
     python eval_hellaswag.py MODEL                  a hub id, a Hugging Face folder, or an out_dir
     torchrun --nproc_per_node=8 eval_hellaswag.py MODEL
@@ -11,12 +10,13 @@ likeliest?
     --device=           cpu, cuda or mps   (default: cuda if there is one)
 
 Two conventions are in use. (Published for GPT-2 small: 28.59%, 29.55% and 28.92%, 31.14%.)
-    completion   `ctx`, a space, the ending, as in the LayerNorm papers. acc: the largest sum of the
+    completion   `ctx`, a space, the ending, as in the LayerNorm papers. acc: the largest sum of an
                  ending's log-likelihoods in nats; acc_norm: the largest mean per token.
     harness      EleutherAI's lm-eval: the activity in front, WikiHow's bracketed markup taken out.
                  harness_acc: the same sum; harness_acc_norm: the sum over the ending's characters.
 """
 import argparse
+import atexit
 import json
 import os
 import re
@@ -29,6 +29,7 @@ import requests
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from model import GPT2, UserError, check, command, companions, one_line, probe, write
 from prepare import get_tokenizer, vocabulary
@@ -61,78 +62,53 @@ def tokens(context, ending, style, encode):
     head, whole = encode(context.rstrip()), encode(context + ' ' + ending)
     return head, whole[len(head):]
 
-def rows(questions, encode, block_size):
-    """-> [(ids, n_scored, lost)]: question q, style s and ending e are row (q * 2 + s) * 4 + e.
+# -----------------------------------------------------------------------------
+# Scores. A question is a batch of 8 rows, so that they do not depend on the number of processes.
 
-    ids: a uint16 array, whose last n_scored are the ending; at most block_size + 1, as the last is
-    only predicted. lost: how many tokens the row lost on the left.
-    """
-    out = []
-    for question, style in ((q, s) for q in questions for s in STYLES):
+@torch.no_grad()
+def score(model, question, encode):
+    """-> (2, 4, 3) float64, for each style and ending: the sum of its log-likelihoods in nats, its
+    length in tokens or characters, and how many tokens the context lost on the left."""
+    size, T = model.config.vocab_size, model.config.block_size
+    rows, numbers = [], []      # (token ids, how many of them are scored); (length, lost)
+    for style in STYLES:
         context, endings = texts(question, style)
         for ending in endings:
             head, tail = tokens(context, ending, style, encode)
-            ids = np.concatenate([head, tail])
-            kept = ids[-(block_size + 1):]
-            out.append((kept, min(len(tail), len(kept) - 1), len(ids) - len(kept)))
-    return out
+            ids = np.concatenate([head, tail])[-(T + 1):].astype(np.int64)  # the last is no input
+            n = min(len(tail), len(ids) - 1)
+            rows.append((torch.from_numpy(ids), n))
+            numbers.append((n if style == 'completion' else len(ending),
+                            len(head) + len(tail) - len(ids)))
+    top = max(ids.max() for ids, _ in rows)
+    check(top < size, f"the model has {size} tokens, but its tokenizer gives token {top}")
+    # padded on the right, where causal attention keeps it from being seen
+    x, y = torch.full((2, 8, max(len(ids) for ids, _ in rows) - 1), -1)
+    for r, (ids, n) in enumerate(rows):
+        x[r, :len(ids) - 1] = ids[:-1]
+        y[r, len(ids) - 1 - n:len(ids) - 1] = ids[-n:]
+    y = y.to(model.wte.weight.device)
+    z = model(x.clamp(0).to(y.device))[0]                           # (8, T, vocab)
+    loss = F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=-1, reduction='none')
+    loss = loss.view(8, -1).masked_fill((y >= 0) & ~z.sum(-1).isfinite(), torch.nan)
+    sums = -loss.cpu().double().sum(1, keepdim=True)
+    return torch.cat((sums, torch.tensor(numbers)), 1).view(2, 4, 3)
 
-# -----------------------------------------------------------------------------
-# Scores.
-
-@torch.no_grad()
-def score(model, rows, device, batch_tokens):
-    """The sum of each ending's log-likelihoods, (len(rows),) float64, in float32 on every device.
-
-    Ranks share the batches, which are the same for any number of them.
-    """
-    from tqdm import tqdm
-    batches = []
-    # the longest first: what does not fit in memory fails at once
-    for i in sorted(range(len(rows)), key=lambda i: (-len(rows[i][0]), i)):
-        if not batches or len(rows[batches[-1][0]][0]) * (len(batches[-1]) + 1) > batch_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    total = torch.zeros(len(rows), dtype=torch.float64)
-    for batch in tqdm(batches[RANK::WORLD], unit=' batches', disable=None if RANK == 0 else True):
-        width = len(rows[batch[0]][0]) - 1
-        x, y = torch.zeros(2, len(batch), width, dtype=torch.int64)
-        y -= 1      # padded on the right, where causal attention keeps it from being seen
-        for r, i in enumerate(batch):
-            ids, n, _ = rows[i]
-            ids = torch.from_numpy(ids.astype(np.int64))
-            x[r, :len(ids) - 1] = ids[:-1]
-            y[r, len(ids) - 1 - n:len(ids) - 1] = ids[-n:]
-        where, at = (y >= 0).nonzero(as_tuple=True)
-        z = model(x.to(device))[0][where.to(device), at.to(device)].float()     # (scored, vocab)
-        loss = F.cross_entropy(z, y[where, at].to(device), reduction='none')
-        loss = loss.masked_fill(~z.sum(-1).isfinite(), torch.nan).cpu().double()
-        total[batch] = -torch.zeros(len(batch), dtype=torch.float64).index_add(0, where, loss)
-    if WORLD > 1:
-        dist.all_reduce(total)
-    for i in total.isnan().nonzero().flatten().tolist():
-        raise UserError(f"a logit of the model is NaN or infinite: question {i // 8 + 1}, "
-                        f"{STYLES[i // 4 % 2]} style, ending {i % 4}")
-    return total
-
-def accuracies(questions, rows, sums):
-    """{'acc': .., 'acc_stderr': .., 'acc_norm': .., ...}, and the scores behind them."""
-    labels = np.array([int(q['label']) for q in questions])
-    sums = np.asarray(sums).reshape(-1, 2, 4)                       # question, style, ending
-    lengths = np.array([n for _, n, _ in rows]).reshape(-1, 2, 4)   # in tokens, but:
-    lengths[:, 1] = [[len(e) for e in texts(q, 'harness')[1]] for q in questions]   # characters
+def accuracies(questions, found):
+    """{'acc': .., 'acc_stderr': .., 'acc_norm': .., ...}, and the scores that they come from."""
+    n, labels = len(questions), np.array([int(q['label']) for q in questions])
+    sums, lengths = found[..., 0].numpy(), found[..., 1].numpy().astype(int)    # (n, 2, 4)
     with np.errstate(divide='ignore', invalid='ignore'):  # an ending of brackets has no characters
         means = sums / lengths
-    metrics = {'acc': sums[:, 0], 'acc_norm': means[:, 0],
-               'harness_acc': sums[:, 1], 'harness_acc_norm': means[:, 1]}
     result = {}
-    for name, scores in metrics.items():
-        right, n = scores.argmax(1) == labels, len(labels)
+    for name, scores in {'acc': sums[:, 0], 'acc_norm': means[:, 0],
+                         'harness_acc': sums[:, 1], 'harness_acc_norm': means[:, 1]}.items():
+        right = scores.argmax(1) == labels
         result[name] = right.mean().item()
         result[name + '_stderr'] = (right.std(ddof=1) / np.sqrt(n)).item() if n > 1 else None
-    scores = [{'label': int(label), 'completion': {'loglikelihood': s[0], 'tokens': k[0]},
+    scores = [{'label': label, 'completion': {'loglikelihood': s[0], 'tokens': k[0]},
                'harness': {'loglikelihood': s[1], 'characters': k[1]}}
-              for label, s, k in zip(labels, sums.tolist(), lengths.tolist())]
+              for label, s, k in zip(labels.tolist(), sums.tolist(), lengths.tolist())]
     return result, scores
 
 # -----------------------------------------------------------------------------
@@ -140,10 +116,10 @@ def accuracies(questions, rows, sums):
 
 def parse(text, source, limit=None):
     """The questions in the bytes of a .jsonl file. UserError tells the number of a bad line."""
-    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    check(lines, f"{source} holds no questions")
     questions = []
-    for n, line in lines[:limit]:
+    for n, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or len(questions) == limit:
+            continue
         try:
             q = json.loads(line)
             found = [q[k] for k in ('activity_label', 'ctx_a', 'ctx_b', 'ctx')] + [*q['endings']]
@@ -152,6 +128,7 @@ def parse(text, source, limit=None):
         except (ValueError, TypeError, KeyError, RecursionError) as e:
             raise UserError(f"{source}, line {n}: no question ({type(e).__name__}: {one_line(e)})")
         questions.append(q)
+    check(questions, f"{source} holds no questions")
     return questions
 
 def download(url, path):
@@ -173,63 +150,52 @@ def download(url, path):
 
 # -----------------------------------------------------------------------------
 
-def tokenizer_of(source, vocab_size):
-    """The tokenizer that the model brings; without one, GPT-2's or bytes, by vocabulary size."""
-    if vocabulary(companions(source)):
-        return get_tokenizer(source)
-    gpt2 = 50257 <= vocab_size < 50257 + 128    # some pad it to a multiple of 64 or 128
-    check(gpt2 or vocab_size == 257, f"{source} has {vocab_size} tokens and no tokenizer; GPT-2 "
-                                     f"has 50257: put its tokenizer.json into its folder")
-    return get_tokenizer('gpt2' if gpt2 else 'bytes')
-
 @command
 def main(argv):
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    devices = ['cuda'] * cuda + ['mps'] * mps + ['cpu']
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = partial(check, False)
+    devices = ['cuda'] * torch.cuda.is_available() + ['cpu']
+    devices += ['mps'] * torch.backends.mps.is_available()
     parser.add_argument('model', type=os.path.expanduser)
     parser.add_argument('--data', type=os.path.expanduser, default=FILE)
     parser.add_argument('--limit', type=int)
     parser.add_argument('--json', type=os.path.expanduser)
-    parser.add_argument('--device', choices=devices, default='cuda' if cuda else 'cpu')
+    parser.add_argument('--device', choices=devices, default=devices[0])
     o = parser.parse_args(argv)
-    source, device = o.model, o.device
     check(o.limit is None or o.limit > 0, f"--limit={o.limit}: expected a whole number from 1")
-    if device == 'cuda':
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if o.device == 'cuda':
+        o.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.set_float32_matmul_precision('highest')
-    model = GPT2.from_pretrained(source).eval().to(device)
-    tokenizer = tokenizer_of(source, model.config.vocab_size)
+    model = GPT2.from_pretrained(o.model).eval().to(o.device)
+    size, own = model.config.vocab_size, vocabulary(companions(o.model))
+    gpt2 = 50257 <= size < 50257 + 128      # some pad it to a multiple of 64 or 128
+    check(own or gpt2 or size == 257, f"{o.model} has {size} tokens and no tokenizer; GPT-2 has "
+                                      f"50257: put its tokenizer.json into its folder")
+    tokenizer = get_tokenizer(o.model if own else 'gpt2' if gpt2 else 'bytes')
     if o.data == FILE and RANK == 0 and not os.path.exists(FILE):
         download(URL, FILE)
-    try:
-        if WORLD > 1:
-            dist.init_process_group('gloo')     # so that all wait for the file
-        questions = parse(Path(o.data).read_bytes(), o.data, o.limit)
-        if o.json and RANK == 0:
-            probe(o.json)
-        t0 = time.time()
-        all_rows = rows(questions, tokenizer.encode, model.config.block_size)
-        top = max(row.max() for row, _, _ in all_rows)
-        check(top < model.config.vocab_size, f"the tokenizer of {source} gives token {top}; the "
-                                             f"model has {model.config.vocab_size} tokens")
-        # the logits of so many tokens take 0.8 GB on the CPU, 3.3 GB on a GPU
-        sums = score(model, all_rows, device, 4096 if device == 'cpu' else 16384)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if WORLD > 1:
+        dist.init_process_group('gloo')     # so that all wait for the file
+        atexit.register(dist.destroy_process_group)
+    questions = parse(Path(o.data).read_bytes(), o.data, o.limit)
+    if o.json and RANK == 0:
+        probe(o.json)
+    t0, n = time.time(), len(questions)
+    found = torch.zeros(n, 2, 4, 3, dtype=torch.float64)
+    for i in tqdm(range(RANK, n, WORLD), unit=' questions', disable=None if RANK == 0 else True):
+        found[i] = score(model, questions[i], tokenizer.encode)
+        check(not found[i].isnan().any(), f"question {i + 1}: a logit is NaN or infinite")
+    if WORLD > 1:
+        dist.all_reduce(found)
     if RANK > 0:
         return
-    result, scores = accuracies(questions, all_rows, sums)
-    n, lost = len(questions), np.array([lost for _, _, lost in all_rows])
-    truncated = (lost.reshape(n, 8) > 0).any(1).sum().item()
+    result, scores = accuracies(questions, found)
+    truncated = (found[..., 2] > 0).flatten(1).any(1).sum().item()
     if o.json:
-        result |= {'model': source, 'questions': n, 'truncated': truncated, 'scores': scores}
-        write(o.json, json.dumps(result).encode())
-    print(f"{source}: {n:,} questions of HellaSwag in {time.time() - t0:.0f} s")
-    if truncated:
-        print(f"questions longer than the context, which lost some on the left: {truncated:,}")
+        about = {'model': o.model, 'questions': n, 'truncated': truncated, 'scores': scores}
+        write(o.json, json.dumps(result | about).encode())
+    print(f"{o.model}: {n:,} questions of HellaSwag in {time.time() - t0:.0f} s")
+    print(f"questions longer than the context, which lost some on the left: {truncated:,}")
     print(f"\n{'':<18}{'accuracy':>10}{'std. error':>12}")
     for name in ('acc', 'acc_norm', 'harness_acc', 'harness_acc_norm'):
         error = '' if n == 1 else f"{result[name + '_stderr']:.2%}"
