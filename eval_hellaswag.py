@@ -87,12 +87,12 @@ def score(model, question, encode):
     for r, (ids, n) in enumerate(rows):
         x[r, :len(ids) - 1] = ids[:-1]
         y[r, len(ids) - 1 - n:len(ids) - 1] = ids[-n:]
-    y = y.to(model.wte.weight.device)
-    z = model(x.clamp(0).to(y.device))[0]                           # (8, T, vocab)
-    loss = F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=-1, reduction='none')
-    loss = loss.view(8, -1).masked_fill((y >= 0) & ~z.sum(-1).isfinite(), torch.nan)
-    sums = -loss.cpu().double().sum(1, keepdim=True)
-    return torch.cat((sums, torch.tensor(numbers)), 1).view(2, 4, 3)
+    device, scored = model.wte.weight.device, y >= 0
+    z = model(x.clamp(0).to(device))[0][scored.to(device)]          # (scored tokens, vocab)
+    loss = F.cross_entropy(z, y[scored].to(device), reduction='none')
+    sums = torch.zeros(y.shape, dtype=torch.float64)
+    sums[scored] = -loss.masked_fill(~z.sum(-1).isfinite(), torch.nan).cpu().double()
+    return torch.cat((sums.sum(1, keepdim=True), torch.tensor(numbers)), 1).view(2, 4, 3)
 
 def accuracies(questions, found):
     """{'acc': .., 'acc_stderr': .., 'acc_norm': .., ...}, and the scores that they come from."""
@@ -147,8 +147,6 @@ def download(url, path):
             time.sleep(seconds)
     raise UserError(f"cannot download the questions ({reason}): put the official file at {path} "
                     f"or type --data=FILE.jsonl")
-
-# -----------------------------------------------------------------------------
 
 @command
 def main(argv):

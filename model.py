@@ -328,8 +328,8 @@ class GPT2(nn.Module):
             check(last in sd, f"n_layer is {config.n_layer}, but the weights lack {last}")
             if config.tie_word_embeddings:      # stored under either name, or both
                 wte = sd.setdefault('wte.weight', sd.get('lm_head.weight'))
-                check(torch.equal(wte, sd.setdefault('lm_head.weight', wte)),
-                      "wte.weight and lm_head.weight are tied, but differ")
+                same = torch.allclose(wte, sd.setdefault('lm_head.weight', wte), 0, 0, equal_nan=True)
+                check(same, "wte.weight and lm_head.weight are tied, but differ")
             with torch.device('meta'):      # no memory is filled with random numbers first
                 model = cls(config)
             sd = {k: v.float().contiguous() for k, v in sd.items()}
