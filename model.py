@@ -223,7 +223,7 @@ class GPT2(nn.Module):
         self.wpe.weight = nn.Parameter(self.wpe.weight[:block_size].detach().clone())
 
     # -------------------------------------------------------------------------
-    # Sites: one for each reader of an LN, 3 * n_layer + 1 in all; and folding.
+    # Sites: one for each reader of an LN, 3 * n_layer + 1 in all. Folding, loading, saving.
 
     def layernorms(self):
         """{name: LayerNorm}, in the order in which the forward pass meets them."""
@@ -253,9 +253,9 @@ class GPT2(nn.Module):
 
         Computed in float64. Raises UserError unless every gate is 1 and every LN has one constant.
         """
-        sd, eps = self._stock(HF_EPS)
+        stock, eps = self._stock(HF_EPS)
         check(eps >= 1e6, "cannot fold: each LayerNorm still divides by the token's own std")
-        sd = {k: v.clone() for k, v in sd.items()}
+        sd = {k: v.clone() for k, v in stock.items()}
         for name in self.layernorms():
             reader = name[:-4] + self.READERS[name[-4:]]
             w, b = (sd.pop(f'{name}.{p}').double() for p in ('weight', 'bias'))
@@ -265,7 +265,7 @@ class GPT2(nn.Module):
             sd[f'{reader}.bias'] = sd.get(f'{reader}.bias', 0) + W.double() @ b
         args = vars(self.config) | {'ln_mode': 'none'}
         model = self.from_state(args, sd, 'the folded model', dropout=self.config.dropout)
-        return model.to(self.wte.weight).train(self.training)       # to its device and dtype
+        return model.to(self.wte.weight).train(self.training)
 
     @torch.no_grad()
     def _stock(self, eps):
@@ -275,23 +275,25 @@ class GPT2(nn.Module):
         weights make up for it. Raises UserError where stock LN cannot compute the same.
         """
         c, intact = self.config, not any(self.sites().values())
+        left = f'{len(self.sites_left())} of {len(self.sites())}'
         eps = c.layer_norm_epsilon if intact else eps
+        s = math.sqrt(eps)
         sd = {k: v.cpu() for k, v in self.state_dict().items() if k.endswith(('weight', 'bias'))}
         x = torch.randn(1, 3, c.n_embd, device=self.wte.weight.device) + 1
         kind = torch.tensor([[TOKEN, BOS, EOT]], device=x.device)
         for name, ln in self.layernorms().items():
-            w, b = x.new_full((c.n_embd,), math.sqrt(eps)), x.new_zeros(c.n_embd)
-            if ln.mode != 'none':
-                w, b = ln.weight if intact else ln.weight * (w / ln.std[TOKEN]), ln.bias
+            if ln.mode == 'none':
+                w, b = x.new_full((c.n_embd,), s), x.new_zeros(c.n_embd)
+            else:
+                w, b = ln.weight if intact else ln.weight * (s / ln.std[TOKEN]), ln.bias
             sd[f'{name}.weight'], sd[f'{name}.bias'] = w.cpu(), b.cpu()
             # our code may have been edited: believe the numbers that the reader computes
             W = sd[f'{name[:-4]}{self.READERS[name[-4:]]}.weight']
             stock = F.layer_norm(x, x.shape[-1:], w, b, eps)
             error = (torch.stack(ln(x, kind)[0]) - stock).cpu() @ W.T
             check(abs(error).max() <= 1e-4 * abs(stock.cpu() @ W.T).max(),
-                  f"{name} is no stock LayerNorm ({len(self.sites_left())} of {len(self.sites())} "
-                  f"sites are left): half removed, edited, with constants of position 0 or "
-                  f"end-of-text, or read by a layer that sees the residual stream's mean")
+                  f"{name} is no stock LayerNorm: half removed ({left} sites left), edited, with "
+                  f"constants of position 0 or end-of-text, or what reads it reads x's mean")
         if c.ln_mode == 'none':
             # A stock lm_head has no bias. Its rows have mean zero and meet vectors of mean zero: a
             # number u added to a row changes nothing, until ln_f adds 1 to each of the C entries.
@@ -300,36 +302,31 @@ class GPT2(nn.Module):
             sd['lm_head.weight'], sd['ln_f.bias'] = sd['lm_head.weight'] + u, sd['ln_f.bias'] + 1
         return sd, eps
 
-    # -------------------------------------------------------------------------
-    # Loading and saving.
-
     @classmethod
     def from_pretrained(cls, name_or_dir, ln_mode=None, dropout=0.0):
         """Loads a hub id ('gpt2', 'gpt2-medium', ...), a Hugging Face folder, or a run's out_dir.
 
-        ln_mode None keeps what is there; the published LN-free convention (epsilon 1e12) loads as
-        'none'. Weights become float32; nothing that is loaded can run code. Raises UserError for
-        what is not a GPT-2.
+        ln_mode None keeps what is there; the LN-free convention (epsilon 1e12) is 'none'.
+        Raises UserError for what is not a GPT-2. Nothing that is loaded can run code.
         """
         folder = local_folder(name_or_dir)
         if os.path.exists(os.path.join(folder, 'ckpt.pt')):
             ckpt = load_checkpoint(folder)
-            args, sd = ckpt['model_args'], ckpt['model']
-        else:
-            args, sd = _read_folder(folder)
-        return cls.from_state(args, sd, folder, ln_mode, dropout)
+            return cls.from_state(ckpt['model_args'], ckpt['model'], folder, ln_mode, dropout)
+        return cls.from_state(*_read_folder(folder), folder, ln_mode, dropout)
 
     @classmethod
     def from_state(cls, model_args, sd, source, ln_mode=None, dropout=0.0):
-        """A model of GPT2Config's fields and a state dict, in ln_mode if that changes no logit."""
+        """A float32 model of GPT2Config's fields and a state dict, in ln_mode if that is exact."""
         try:
             config = GPT2Config(**model_args | {'dropout': dropout})
             last = f'h.{config.n_layer - 1}.attn.c_attn.weight'     # before a billion are made
             check(last in sd, f"n_layer is {config.n_layer}, but the weights lack {last}")
             if config.tie_word_embeddings:      # stored under either name, or both
                 wte = sd.setdefault('wte.weight', sd.get('lm_head.weight'))
-                same = torch.allclose(wte, sd.setdefault('lm_head.weight', wte), 0, 0, equal_nan=True)
-                check(same, "wte.weight and lm_head.weight are tied, but differ")
+                head = sd.setdefault('lm_head.weight', wte)
+                check(wte is not None and torch.allclose(wte, head, 0, 0, equal_nan=True),
+                      "wte.weight and lm_head.weight, which are tied, are missing or differ")
             with torch.device('meta'):      # no memory is filled with random numbers first
                 model = cls(config)
             sd = {k: v.float().contiguous() for k, v in sd.items()}
@@ -423,7 +420,7 @@ def _read_folder(folder):
         for key, good in {
                 'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
                 'n_inner': [None, 4 * hf.get('n_embd', GPT2Config.n_embd)],
-                'num_attention_heads': [None], 'num_hidden_layers': [None],
+                'num_attention_heads': [hf.get('n_head')], 'num_hidden_layers': [hf.get('n_layer')],
                 'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False],
                 'add_cross_attention': [False], 'tie_word_embeddings': [True, False]}.items():
             check(hf.get(key, good[0]) in good, f"{key} is {hf.get(key)!r}; expected {good[0]!r}")
@@ -435,8 +432,8 @@ def _read_folder(folder):
             args['eot_token_id'] = eot
         for stale in ('n_ctx', 'n_inner', 'torch_dtype', 'transformers_version'):
             hf.pop(stale, None)
-        sd, files = {}, ('model.safetensors', 'pytorch_model.bin')      # each whole or in shards
-        files = [f for name in files for f in (name, name + '.index.json') if (folder / f).exists()]
+        sd, names = {}, ('model.safetensors', 'pytorch_model.bin')
+        files = [f for n in names for f in (n, f'{n}.index.json') if (folder / f).exists()]
         check(files, "it has neither model.safetensors nor pytorch_model.bin")
         shards = {files[0]}
         if files[0].endswith('.json'):
@@ -554,8 +551,7 @@ def main(argv):
     check(not os.path.exists(folder), f"{folder} exists: choose another name, or move it away")
     model = GPT2.from_pretrained(source, 'none' if flags else None)
     model.save_pretrained(folder, companions(source), 1e8 if '--float16' in flags else HF_EPS)
-    n, left = model.num_params(), len(model.sites_left())
-    print(f"{folder}: {n:,} parameters, {left} LayerNorm sites")
+    print(f"{folder}: {model.num_params():,} parameters, {len(model.sites_left())} LN sites")
 
 if __name__ == '__main__':
     main()
