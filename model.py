@@ -271,8 +271,8 @@ class GPT2(nn.Module):
     def _stock(self, eps):
         """-> (state dict on the CPU, epsilon) of stock LayerNorms that compute the same.
 
-        Where LN is gone, the epsilon is `eps`, so huge that each divides by a constant, and the
-        weights make up for it. Raises UserError where stock LN cannot compute the same.
+        Where LN is gone, the epsilon is `eps`, so huge that each divides by the constant s, and its
+        weight makes up for it. Raises UserError where stock LN cannot compute the same.
         """
         c, intact = self.config, not any(self.sites().values())
         left = f'{len(self.sites_left())} of {len(self.sites())}'
@@ -293,7 +293,7 @@ class GPT2(nn.Module):
             error = (torch.stack(ln(x, kind)[0]) - stock).cpu() @ W.T
             check(abs(error).max() <= 1e-4 * abs(stock.cpu() @ W.T).max(),
                   f"{name} is no stock LayerNorm: half removed ({left} sites left), edited, with "
-                  f"constants of position 0 or end-of-text, or what reads it reads x's mean")
+                  f"constants of position 0 or end-of-text, or its reader sees the mean of x")
         if c.ln_mode == 'none':
             # A stock lm_head has no bias. Its rows have mean zero and meet vectors of mean zero: a
             # number u added to a row changes nothing, until ln_f adds 1 to each of the C entries.
@@ -335,14 +335,14 @@ class GPT2(nn.Module):
             raise UserError(f"{source} is not a GPT-2's: {one_line(e)}")
         if config.tie_word_embeddings:      # assigning gave each a parameter of its own
             model.lm_head.weight = model.wte.weight
-        # dividing by sqrt(var + 1e12) is dividing by the constant 1e6: a removed LN
+        # sqrt(var + 1e12) is the constant 1e6: a removed LN
         free = config.ln_mode == 'real' and config.layer_norm_epsilon >= 1e6
         if free or ln_mode == 'none' != config.ln_mode:
             model = model.fold_ln()
         if ln_mode in (None, model.config.ln_mode):
             return model
-        gone = any(model.sites().values())
-        check(not gone, f"{source} cannot become {ln_mode!r}, for its LayerNorm is gone")
+        check(not any(model.sites().values()),
+              f"{source} cannot become {ln_mode!r}, for its LayerNorm is gone")
         model.config = replace(config, ln_mode=ln_mode)
         for name, ln in model.layernorms().items():     # what is not LayerNorm's own begins fresh
             new = LayerNorm(model.config, ln.sides)
@@ -369,8 +369,7 @@ class GPT2(nn.Module):
             'activation_function': 'gelu_new', 'n_positions': c.block_size,
             **{f'{part}_pdrop': c.dropout for part in ('resid', 'embd', 'attn')},
             **{k: getattr(c, k) for k in SAME}, 'layer_norm_epsilon': eps}
-        ids = {f'{k}_token_id' for k in ('bos', 'eos', 'pad')}
-        ids = {k: v for k, v in config.items() if k in ids}
+        ids = {k: v for k, v in config.items() if re.fullmatch('(bos|eos|pad)_token_id', k)}
         files = {'generation_config.json': json.dumps(ids).encode(), **files,
                  'model.safetensors': lambda tmp: save_file(sd, tmp, metadata={'format': 'pt'}),
                  'config.json': json.dumps(config, indent=2).encode()}  # last: now it is a model
@@ -416,13 +415,11 @@ def _read_folder(folder):
     try:
         hf = {'bos_token_id': 50256, 'eos_token_id': 50256}
         hf |= json.loads((folder / 'config.json').read_bytes())
-        # what would change the computation, with the values that this model has
-        for key, good in {
+        for key, good in {      # what would change the computation
                 'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
-                'n_inner': [None, 4 * hf.get('n_embd', GPT2Config.n_embd)],
-                'num_attention_heads': [hf.get('n_head')], 'num_hidden_layers': [hf.get('n_layer')],
+                'n_inner': [None, 4 * hf.get('n_embd', 768)], 'tie_word_embeddings': [True, False],
                 'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False],
-                'add_cross_attention': [False], 'tie_word_embeddings': [True, False]}.items():
+                'num_attention_heads': [None], 'num_hidden_layers': [None]}.items():
             check(hf.get(key, good[0]) in good, f"{key} is {hf.get(key)!r}; expected {good[0]!r}")
         args = {k: hf.pop(k) for k in SAME if k in hf}
         args |= {'block_size': hf.pop('n_positions', 1024), 'hf': hf}
