@@ -239,7 +239,7 @@ class GPT2(nn.Module):
                 for name, ln in self.layernorms().items() for i, side in enumerate(ln.sides)}
 
     def sites_left(self):
-        """The sites where a LayerNorm still divides, at least in part, by the token's own std."""
+        """The sites that still divide, at least in part, by the token's own std."""
         return [site for site, gate in self.sites().items() if gate != 1]
 
     READERS = {'ln_1': 'attn.c_attn', 'ln_2': 'mlp.c_fc', 'ln_f': 'lm_head'}
@@ -271,13 +271,13 @@ class GPT2(nn.Module):
     def _stock(self, eps):
         """-> (state dict on the CPU, epsilon) of stock LayerNorms that compute the same.
 
-        Where LN is gone, the epsilon is `eps`, so huge that each divides by the constant s, and its
+        Where LN is gone the epsilon is `eps`, so huge that each divides by a constant, s. The
         weight makes up for it. Raises UserError where stock LN cannot compute the same.
         """
         c, intact = self.config, not any(self.sites().values())
         left = f'{len(self.sites_left())} of {len(self.sites())}'
         eps = c.layer_norm_epsilon if intact else eps
-        s = math.sqrt(eps)
+        s = math.sqrt(eps)      # the constant
         sd = {k: v.cpu() for k, v in self.state_dict().items() if k.endswith(('weight', 'bias'))}
         x = torch.randn(1, 3, c.n_embd, device=self.wte.weight.device) + 1
         kind = torch.tensor([[TOKEN, BOS, EOT]], device=x.device)
@@ -306,8 +306,8 @@ class GPT2(nn.Module):
     def from_pretrained(cls, name_or_dir, ln_mode=None, dropout=0.0):
         """Loads a hub id ('gpt2', 'gpt2-medium', ...), a Hugging Face folder, or a run's out_dir.
 
-        ln_mode None keeps what is there; the LN-free convention (epsilon 1e12) is 'none'.
-        Raises UserError for what is not a GPT-2. Nothing that is loaded can run code.
+        ln_mode None keeps what is there; the LN-free convention (epsilon 1e12) is 'none'. Raises
+        UserError for what is not a GPT-2. Nothing that is loaded can run code.
         """
         folder = local_folder(name_or_dir)
         if os.path.exists(os.path.join(folder, 'ckpt.pt')):
@@ -414,7 +414,7 @@ def _read_folder(folder):
     folder = Path(folder)
     try:
         hf = {'bos_token_id': 50256, 'eos_token_id': 50256}
-        hf |= json.loads((folder / 'config.json').read_bytes())
+        hf.update(json.loads((folder / 'config.json').read_bytes()))
         for key, good in {      # what would change the computation
                 'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
                 'n_inner': [None, 4 * hf.get('n_embd', 768)], 'tie_word_embeddings': [True, False],
@@ -435,9 +435,9 @@ def _read_folder(folder):
         shards = {files[0]}
         if files[0].endswith('.json'):
             shards = {*json.loads((folder / files[0]).read_bytes())['weight_map'].values()}
-        for shard in shards:
-            sd |= (load_file(folder / shard) if shard.endswith('.safetensors') else
-                   torch.load(folder / shard, map_location='cpu', weights_only=True))
+        for path in (folder / shard for shard in shards):
+            sd.update(load_file(path) if path.suffix == '.safetensors' else
+                      torch.load(path, map_location='cpu', weights_only=True))
         return args, {PREFIXES.sub('', k): v.t() if CONV1D.search(k) else v for k, v in sd.items()
                       if not k.endswith(('.attn.bias', '.attn.masked_bias'))}   # causal masks
     except Exception as e:      # each library has its own types
