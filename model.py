@@ -16,7 +16,6 @@ import math
 import os
 import re
 import sys
-from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -124,16 +123,23 @@ class CausalSelfAttention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
 
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        # GPT-2 uses the tanh form of GELU; with the exact one, as in nanoGPT, its logits are off
+        return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
+
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config, sides=('.qk', '.v'))
         self.attn = CausalSelfAttention(config)
         self.ln_2 = LayerNorm(config)
-        # GPT-2 uses the tanh form of GELU; with the exact one, as in nanoGPT, its logits are off
-        self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(config.n_embd, 4 * config.n_embd), gelu=nn.GELU('tanh'),
-            c_proj=nn.Linear(4 * config.n_embd, config.n_embd)))
+        self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, kind):
