@@ -19,16 +19,16 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import date, timedelta
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,7 +43,7 @@ except ImportError:         # Windows
 
 from model import (BOS, EOT, KINDS, TOKEN, GPT2, GPT2Config, UserError, check, command, companions,
                    load_checkpoint, one_line, probe, save_checkpoint, trouble, write)
-from prepare import PRESETS, fingerprint, get_tokenizer, tokenizer_files, vocabulary
+from prepare import fingerprint, vocabulary
 
 RANK, LOCAL_RANK = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
 WORLD = int(os.environ.get('WORLD_SIZE', 1))
@@ -114,52 +114,55 @@ class Config:
         """Micro-batches of an iteration, over all ranks."""
         return self.batch_tokens // (self.batch_size * self.block_size)
 
+KEYS = {f.name: f for f in fields(Config)}
+
 def load_config(argv):
-    """Config files and --key=value, the later one wins -> (Config, the keys that were given).
+    """Config files and --key=value, the later one wins -> Config; its `given` names what they set.
 
     A config file is Python that assigns keys; it knows the defaults and what files before it
     assigned. Modules, functions and names with an underscore in front are its own.
     """
-    keys, given = {f.name: f for f in fields(Config)}, {}
-
-    def put(where, name, value):
-        near = difflib.get_close_matches(name, keys, 1, 0)[0]
-        check(name in keys, f"{where}: unknown key {name!r}; did you mean {near!r}?")
-        want = keys[name].type
-        value = float(value) if want is float and type(value) is int else value
-        right = isinstance(value, want) and not (want is int and type(value) is bool)
-        check(right, f"{where}: {name} is {value!r}; expected {getattr(want, '__name__', want)}, "
-                     f"like {name}={keys[name].default!r}")
-        given[name] = os.path.expanduser(value) if want is str else value
-
+    given = {}
     for arg in argv:
+        known = {name: key.default for name, key in KEYS.items()} | given
         if arg.startswith('--'):
             name, eq, value = arg[2:].partition('=')
             check(eq, f"{arg}: expected --key=value")
-            if name in keys and keys[name].type is not str:
+            if name in KEYS and KEYS[name].type is not str:
                 with suppress(ValueError, SyntaxError):     # what is no literal stays a text
                     value = ast.literal_eval(value)
-            put(arg, name, value)
-            continue
-        known = {name: f.default for name, f in keys.items()} | given
-        found = {'__file__': os.path.abspath(arg), **known}
-        try:
-            with open(arg, encoding='utf-8-sig') as f:
-                exec(compile(f.read(), arg, 'exec'), found)
-        except Exception as e:      # it is a program, and may fail in any way
-            raise UserError(f"{arg}: {type(e).__name__}: {one_line(e)}")
+            found = {name: value}
+        else:
+            found = {'__file__': os.path.abspath(arg), **known}
+            try:
+                with open(arg, encoding='utf-8-sig') as f:
+                    exec(compile(f.read(), arg, 'exec'), found)
+            except Exception as e:      # it is a program, and may fail in any way
+                raise UserError(f"{arg}: {type(e).__name__}: {one_line(e)}")
+            found = {name: value for name, value in found.items() if value is not known.get(name)
+                     and not (name.startswith('_') or callable(value) or type(value) is type(ast))}
         for name, value in found.items():
-            own = name.startswith('_') or callable(value) or isinstance(value, type(ast))
-            if not own and (name not in known or value is not known[name]):
-                put(arg, name, value)
-    return Config(**given), set(given)
+            given[name] = checked(arg, name, value)
+    cfg = Config(**given)
+    cfg.given = {*given}
+    return cfg
+
+def checked(where, name, value):
+    """The value of a key. Raises UserError for an unknown key, or a value of another type."""
+    near = difflib.get_close_matches(name, KEYS, 1, 0)[0]
+    check(name in KEYS, f"{where}: unknown key {name!r}; did you mean {near!r}?")
+    want = KEYS[name].type
+    value = float(value) if want is float and type(value) is int else value
+    right = isinstance(value, want) and not (want is int and type(value) is bool)
+    check(right, f"{where}: {name} is {value!r}; expected {getattr(want, '__name__', want)}, "
+                 f"like {name}={KEYS[name].default!r}")
+    return os.path.expanduser(value) if want is str else value
 
 LIMITS = [(1, math.inf, 'eval_interval log_interval n_layer n_head n_embd block_size batch_size '
                         'batch_tokens max_iters'),
-          (0, 2 ** 63, 'seed'),
           (0, math.inf, 'eval_iters warmup_iters lr_decay_iters taper_iters learning_rate '
                         'min_lr weight_decay grad_clip aux_loss_weight guard_nats guard_patience'),
-          (0, 65537, 'vocab_size'),     # token ids are uint16
+          (0, 2 ** 63, 'seed'), (0, 65537, 'vocab_size'),       # token ids are uint16
           (0, 1, 'dropout beta1 beta2'),
           (-1, math.inf, 'start_ln2 start_ln1qk start_ln1v start_lnf start_eot start_bos')]
 
@@ -177,11 +180,11 @@ def check_config(cfg):
         check(value.split(':')[0] in good, f"{name} is {value!r}; type one of {good}, like "
                                            f"--{name}={good[0]}")
     if cfg.decay_lr and not cfg.eval_only:
-        warmup, end = cfg.warmup_iters, cfg.lr_decay_iters
+        warmup, end = cfg.warmup_iters, cfg.lr_decay_iters or cfg.max_iters
         check(cfg.min_lr <= cfg.learning_rate, f"min_lr={cfg.min_lr:g} is above learning_rate="
               f"{cfg.learning_rate:g}, so the rate would climb: give both, or --decay_lr=False")
-        check(warmup <= cfg.max_iters, f"warmup_iters={warmup} is beyond max_iters={cfg.max_iters}")
-        check(end == 0 or warmup < end, f"lr_decay_iters={end} is within warmup_iters={warmup}")
+        check(warmup <= min(end, cfg.max_iters), f"warmup_iters={warmup} is beyond the decay's end "
+              f"at {end} or max_iters={cfg.max_iters}: lower it")
 
 # -----------------------------------------------------------------------------
 # The removal: what happens when, and what happens then.
@@ -219,16 +222,17 @@ def check_schedule(events, cfg, gates):
         check(gate in (0, 1), f"init_from={cfg.init_from} stopped while {site} faded: resume it")
 
 @torch.no_grad()
-def measure(evaluator, model, batches):
+def measure(forward, model, batches):
     """The constants, the mean of sqrt(var + eps) over all ranks' tokens of a kind -> (n_LN, 3).
 
     batches: (x, y) of this rank, y -1 where a token does not count. A kind that these tokens lack
     takes the ordinary constant.
     """
+    model.eval()
     sums = torch.zeros(len(model.layernorms()), len(KINDS), dtype=torch.float64)
     counts = torch.zeros(len(KINDS), dtype=torch.float64)
     for x, y in batches:
-        stds = torch.stack(evaluator(x)[2]).cpu().double()                          # (n_LN, B, T)
+        stds = torch.stack(forward(x)[2]).cpu().double()                            # (n_LN, B, T)
         onehot = F.one_hot(model.kinds(x).cpu(), len(KINDS)) * (y.cpu() != -1)[..., None].double()
         sums += torch.einsum('lbt,btk->lk', stds, onehot)
         counts += onehot.sum((0, 1))
@@ -283,17 +287,16 @@ def warnings_of(events, cfg, ratios):
     """What the schedule will do to a giant vector, told before it happens: a list of lines.
 
     ratios: {kind: {LN: r}}. The ordinary constant multiplies what a token with r times the ordinary
-    std feeds by r, at once or over the iterations of a fade.
+    std feeds by r, at once or over the iterations of a fade, whose first is the steepest.
     """
-    n, told = max(cfg.taper_iters, 1), []
+    told = []
     for kind, start, token in (('bos', cfg.start_bos, 'position 0'),
                                ('eot', cfg.start_eot, 'end-of-text')):
         steep = []
         for when, event, name in events if start >= 0 else ():
             if event == 'remove':
                 r = ratios[kind][ln_of(name)]
-                fed = [1 + (r - 1) * fade(k, n) for k in range(n + 1)]
-                step = max(b / a for a, b in zip(fed, fed[1:]))
+                step = 1 + (r - 1) * fade(1, max(cfg.taper_iters, 1))
                 # a site removed before the merge meets the ordinary constant only then
                 steep += [(step, max(when, start), r, ln_of(name))] * (step > STEEP)
         if steep:
@@ -316,56 +319,37 @@ def spread(std, mask):
 # -----------------------------------------------------------------------------
 # Data.
 
-def read_meta(folder):
-    """What is known of the bins in a folder; {} if another program wrote them and says nothing."""
-    ours, theirs = os.path.join(folder, 'meta.json'), os.path.join(folder, 'meta.pkl')
-    try:
-        if os.path.exists(ours):
-            with open(ours, encoding='utf-8-sig') as f:
-                meta = json.load(f)
-            n, eot, window = meta['vocab_size'], meta['eot'], meta.get('window', 2)
-            assert 0 < n <= 65536 and (eot is None or 0 <= eot < n) and meta['tokenizer'] + ''
-            assert min(meta[split]['tokens'] for split in ('train', 'val')) >= 0 and window > 1
-            return meta
-        if os.path.exists(theirs):      # nanoGPT's, of a vocabulary of characters
-            with open(theirs, 'rb') as f:   # runs no code: numbers and texts need none
-                plain = type('Plain', (pickle.Unpickler,), {'find_class': None})
-                n = int(plain(f).load()['vocab_size'])
-            return {'vocab_size': n, 'eot': None, 'tokenizer': 'characters'}
-        return {}
-    except Exception as e:      # a damaged file fails in many ways
-        raise UserError(f"the meta file in {folder} is not prepare.py's: {one_line(e)}")
-
 class Data:
     """data/NAME/{train,val}.bin, mapped, not read."""
 
     def __init__(self, cfg, device):
-        self.cfg, self.device, name = cfg, device, cfg.dataset
-        self.dir = os.path.join('data', name)
-        more = {'stdlib': ' --tokenizer=bytes', 'openwebtext': ' --max_tokens=700_000_000'}
-        make = name + more.get(name, '') if name in PRESETS else f'... --name={name}'
-        self.missing = f"type python prepare.py {make}"
-        check(os.path.isdir(self.dir), f"no {self.dir}: {self.missing}")
-        self.meta = read_meta(self.dir)
+        self.cfg, self.device, self.dir = cfg, device, os.path.join('data', cfg.dataset)
+        check(os.path.isdir(self.dir), f"no {self.dir}: type python prepare.py SOURCE "
+                                       f"--name={cfg.dataset}, see its --help")
+        # nanoGPT's, of a vocabulary of characters; its meta is a pickle, which could run code
+        check(cfg.vocab_size or not os.path.exists(os.path.join(self.dir, 'meta.pkl')),
+              f"{self.dir} has nanoGPT's meta.pkl: type --vocab_size= as it says, 65 for example")
+        try:
+            self.meta = json.loads(Path(self.dir, 'meta.json').read_text('utf-8-sig'))
+            ours = {'tokenizer', 'vocab_size', 'eot', 'train', 'val'} <= {*self.meta}
+        except FileNotFoundError:       # bins of another program
+            self.meta, ours = {}, True
+        except (ValueError, TypeError):
+            ours = False
+        check(ours, f"{self.dir}/meta.json is damaged or not prepare.py's: prepare the data again")
         self.tokenizer = self.meta.get('tokenizer')
         self.noun = 'byte' if self.tokenizer == 'bytes' else 'token'
-        self.proven = False     # that the tokenizer is the model's own: see fit_to_data
 
     def tokenizer_files(self):
-        """{name: bytes} of the model's tokenizer with which prepare.py wrote the data, if so."""
+        """{name: bytes} of the tokenizer with which prepare.py wrote the data."""
         folder = os.path.join(self.dir, 'tokenizer')
         return companions(folder) if os.path.isdir(folder) else {}
 
     def open(self, vocab_size, splits):
         """Maps the splits, for a model with vocab_size tokens. UserError if they do not fit."""
-        n, T, self.vocab_size = self.meta.get('vocab_size', 0), self.cfg.block_size, vocab_size
-        # some pad the vocabulary to a multiple of 64 or 128, or add tokens of their own
-        fits = not n or n <= vocab_size and (vocab_size < n + 128 or self.tokenizer == 'unknown')
-        check(fits or self.proven, f"{self.dir} has {n} tokens ({self.tokenizer}), the model "
-                                   f"{vocab_size}: type prepare.py ... --tokenizer=MODEL")
+        T, self.vocab_size = self.cfg.block_size, vocab_size
         for split in splits:
             path = os.path.join(self.dir, f'{split}.bin')
-            check(os.path.exists(path), f"no {path}: {self.missing}")
             n = os.path.getsize(path) / 2
             want = self.meta.get(split, {}).get('tokens', n // 1)
             check(n == want, f"{path} has {n:.1f} tokens, not {want:.0f}: damaged or not uint16")
@@ -464,6 +448,7 @@ def step(cfg, it, model, raw, optimizer, batch, autocast):
     are dealt to the ranks in turn; a rank that has none left computes one that does not count.
     """
     n, total = cfg.n_micro, 0.0
+    raw.train()
     for group in optimizer.param_groups:
         group['lr'] = learning_rate(cfg, it)
     for first in range(0, n, WORLD):
@@ -488,14 +473,17 @@ def step(cfg, it, model, raw, optimizer, batch, autocast):
 # -----------------------------------------------------------------------------
 # The run, as a page.
 
-def train(cfg, given):
+def train(cfg):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask_to_stop)
     device, autocast, dtype, compiled = start_machine(cfg)
-    r = on_all_ranks(prepare_run, cfg, given, device)
+    r = on_all_ranks(prepare_run, cfg, device)
     on_all_ranks(claim_out_dir if RANK == 0 else id, r)
-    raw, data = r.raw.to(device).train(), r.data
-    model, r.evaluator = raw, make_evaluator(raw, autocast, compiled)
-    if compiled:
-        model = torch.compile(raw, fullgraph=True)
+    raw, data = r.raw.to(device), r.data
+    optimized = partial(torch.compile, fullgraph=True, disable=not compiled)
+    # two graphs: this one, without dropout, evaluates and measures; the other trains
+    r.forward = autocast(optimized(partial(raw, return_stds=True)))
+    model = optimized(raw)
     if WORLD > 1:       # gates and constants are set alike on all ranks: no buffers to broadcast
         warnings.filterwarnings('ignore', message='.*broadcast_buffers')    # torch 2.11's only name
         model = torch.nn.parallel.DistributedDataParallel(
@@ -514,13 +502,13 @@ def train(cfg, given):
             print0('\n'.join(warnings_of(r.events, cfg, log_ratios(r, 0))))
     bad = torch.full((), -1, device=device)     # the iteration of the first gradient not finite
     t0 = then = time.time()
-    logged = r.start
+    logged, high = r.start, None
 
     for it in range(r.start, cfg.max_iters):
         # what the schedule has for this iteration
         if cfg.remove_ln:
             batches = (data.batch(it, micro) for micro in range(RANK, cfg.n_micro, WORLD))
-            measured = partial(measure, r.evaluator, raw, batches)
+            measured = partial(measure, r.forward, raw, batches)
             for event in apply_schedule(r.events, cfg, it, raw, measured):
                 log(r, **event)
                 print0(f"iter {it:>6} | {event['event']} {event.get('site') or event['kind']:<12}"
@@ -532,7 +520,7 @@ def train(cfg, given):
         done = it + 1
         if it % cfg.log_interval == 0 or done == cfg.max_iters:
             r.losses.append((it, all_reduce(loss.cpu().double()).item()))
-            guard(r, done, bad.item())
+            high = guard(r, done, bad.item(), r.losses[-1][1])
             now = time.time()
             speed = (done - logged) * cfg.batch_tokens / max(now - then, 1e-9)
             progress(r, it, speed, (now - t0) / (done - r.start) * (cfg.max_iters - done))
@@ -543,13 +531,14 @@ def train(cfg, given):
         stop = len(ASKED) if WORLD == 1 else all_reduce(torch.tensor(len(ASKED))).item()
         if due:
             t = time.time()
-            guard(r, done, bad.item(), evaluate(r, done))
+            high = guard(r, done, bad.item(), evaluate(r, done))
             then += time.time() - t
-        if due and not stop and high_since(r.losses, cfg)[0] is not None:
+        if due and not stop and high is not None:
             print0("not saved: the loss is far above its level, and the last checkpoint is better")
         elif (due or stop) and RANK == 0:
             save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), iter=done,
-                            base=r.base, config=asdict(cfg), log_bytes=os.path.getsize(r.log_path))
+                            base=r.base, config=asdict(cfg), on=r.identity, losses=r.losses,
+                            log_bytes=os.path.getsize(r.log_path))
         if stop and done < cfg.max_iters:
             if RANK == 0:
                 print(f"train.py: stopped and saved after iteration {it}; go on with the same "
@@ -563,50 +552,37 @@ def train(cfg, given):
 
 @command
 def main(argv):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     ASKED.clear()
-    gc.collect()        # a run that failed before in this process holds its lock until then
     try:
-        cfg, given = load_config(argv)
+        cfg = load_config(argv)
         check_config(cfg)
         if RESTARTS != '0' and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
             cfg.init_from = 'resume'        # torchrun started us anew, because a worker died
-        if cfg.eval_only:
-            return compare(cfg, given)
-        for number in handlers:
-            signal.signal(number, ask_to_stop)
-        train(cfg, given)
+        compare(cfg) if cfg.eval_only else train(cfg)
     except UserError:
         # what every rank finds, before the group is there, the first of each machine tells
         if LOCAL_RANK > 0 and not dist.is_initialized():
             sys.exit(2)
         raise
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
-        if WORLD > 1:   # a DDP that lives until the process ends makes torch 2.11 abort at times
-            gc.collect()
+            gc.collect()    # a DDP that lives until the process ends makes torch 2.11 abort at times
 
 # -----------------------------------------------------------------------------
 # Starting: the machine, the model, the place to write.
 
 def start_machine(cfg):
-    """Joins the process group -> (device, autocast's context, dtype by name, compile or not)."""
+    """Joins the process group -> (device, autocast, its dtype by name, whether to compile)."""
     kind, _, number = cfg.device.partition(':')
     if kind == 'auto':
         kind = 'cuda' if torch.cuda.is_available() else 'cpu'
     if WORLD > 1:
-        try:
-            store, rank, world = next(dist.rendezvous('env://'))
-        except (ValueError, RuntimeError) as e:
-            raise UserError(f"found no other processes ({one_line(e)}): start it with torchrun")
         # a worker that torchrun --max_restarts starts anew would find dead ones' addresses in the
         # store (github.com/pytorch/pytorch/issues/135712): a prefix keeps the generations apart
-        store = dist.PrefixStore(RESTARTS, store)
+        store, rank, world = next(dist.rendezvous('env://'))
         dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', rank=rank,
-                                store=store, world_size=world)
+                                world_size=world, store=dist.PrefixStore(RESTARTS, store))
     device, native = cfg.device if number else kind, False
     if kind == 'cuda':
         number, n = int(number or LOCAL_RANK), torch.cuda.device_count()
@@ -615,7 +591,7 @@ def start_machine(cfg):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')      # TF32 for what autocast leaves in float32
     dtype = cfg.dtype if cfg.dtype != 'auto' else 'bfloat16' if native else 'float32'
-    autocast = torch.autocast(kind, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+    autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == 'bfloat16')
     return device, autocast, dtype, kind == 'cuda' if cfg.compile is None else cfg.compile
 
 def on_all_ranks(fn, *args):
@@ -637,24 +613,10 @@ def on_all_ranks(fn, *args):
     check(not failed, error)
     return result
 
-def make_evaluator(raw, autocast, compiled):
-    """-> x to (logits, None, stds) without dropout: one graph, to evaluate and to measure."""
-    forward = partial(raw, return_stds=True)
-    if compiled:
-        forward = torch.compile(forward, fullgraph=True)
-
-    def evaluator(x):
-        raw.eval()
-        with autocast:
-            out = forward(x)
-        raw.train()
-        return out
-    return evaluator
-
-def prepare_run(cfg, given, device):
+def prepare_run(cfg, device):
     """Checks all the input, before a file is written -> what the functions below call r."""
     data = Data(cfg, device)
-    raw, ckpt, files = load_model(cfg, given, data)
+    raw, ckpt, files = load_model(cfg, data)
     raw.gradient_checkpointing = cfg.gradient_checkpointing
     data.open(raw.config.vocab_size, ['train', 'val'])
     for name in ['ckpt.pt'] + ['hf'] * cfg.remove_ln:
@@ -667,24 +629,25 @@ def prepare_run(cfg, given, device):
     events = schedule(cfg, raw.config.n_layer) if cfg.remove_ln else []
     if cfg.remove_ln:
         check_schedule(events, cfg, {} if ckpt else {k: g.item() for k, g in raw.sites().items()})
-    r = SimpleNamespace(cfg=cfg, data=data, raw=raw, files=files, events=events, base=cfg.init_from,
+    base = cfg.init_from        # a path is nobody's business
+    base = os.path.basename(os.path.abspath(base)) if os.path.exists(base) else base
+    r = SimpleNamespace(cfg=cfg, data=data, raw=raw, files=files, events=events, base=base,
                         identity=data.identity(), log_path=os.path.join(cfg.out_dir, 'log.jsonl'),
                         start=0, log_bytes=0, losses=[], resumed=None)
     if cfg.control:
-        on = evaluations(cfg.control)[-1].get('on', {})
-        check({**on, 'dataset': cfg.dataset} == r.identity, f"control={cfg.control} was evaluated "
-              f"on {on}, not on {r.identity}: give both runs the same data and windows")
+        on = read_log(cfg.control, 'eval')[-1]['on']
+        check(on == r.identity, f"control={cfg.control} was evaluated on {on}, not on "
+                                f"{r.identity}: give both runs the same data and windows")
     if ckpt:
+        check_resume(r, ckpt)
         r.base, r.start, r.log_bytes = ckpt['base'], ckpt['iter'], ckpt['log_bytes']
-        r.losses, r.resumed = check_resume(r, ckpt), ckpt['optimizer']
-    elif os.path.exists(r.base):        # a path is nobody's business
-        r.base = './' + os.path.basename(r.base.rstrip('/'))
+        r.losses, r.resumed = ckpt['losses'], ckpt['optimizer']
     return r
 
-def load_model(cfg, given, data):
+def load_model(cfg, data):
     """-> (the model, the checkpoint to resume or None, tokenizer files). Sets cfg.block_size."""
-    ckpt, source = None, cfg.init_from
-    mode = 'fake' if cfg.remove_ln and not cfg.eval_only else None
+    source, ckpt, own = cfg.init_from, None, {}
+    mode = 'fake' if cfg.remove_ln else cfg.ln_mode if 'ln_mode' in cfg.given else None
     if source == 'scratch':
         vocab_size = cfg.vocab_size or data.meta.get('vocab_size', 0)
         check(vocab_size, f"{data.dir} has no meta.json that tells its vocabulary: type "
@@ -692,68 +655,63 @@ def load_model(cfg, given, data):
         torch.manual_seed(cfg.seed)
         model = GPT2(GPT2Config(cfg.block_size, vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
                                 cfg.dropout, mode or cfg.ln_mode))
-        files = data.tokenizer_files()
-        fit_to_data(model, data, files, source)
-        return model, None, files
-    if source == 'resume':
+        if data.meta and data.meta['eot'] is None:      # these tokens have no end-of-text
+            model.config.hf = {'bos_token_id': None, 'eos_token_id': None}
+    elif source == 'resume':
         source, ckpt = cfg.out_dir, load_checkpoint(cfg.out_dir)
-        check('optimizer' in ckpt, f"{source}/ckpt.pt is no run's: type --init_from={source}")
-        was = ckpt['config']['remove_ln']
-        check(was == cfg.remove_ln, f"{source}/ckpt.pt is of a run with remove_ln={was}")
-        model = GPT2.from_state(ckpt['model_args'], ckpt['model'], source, dropout=cfg.dropout)
+        check('on' in ckpt, f"{source}/ckpt.pt is no run's: type --init_from={source}")
+        model = GPT2.from_state(ckpt['model_args'], ckpt['model'], source, mode, cfg.dropout)
     else:
         model = GPT2.from_pretrained(source, mode, cfg.dropout)
-    fixed = ['n_layer', 'n_head', 'n_embd', 'vocab_size', *['ln_mode'] * (not cfg.remove_ln),
-             *['block_size'] * bool(ckpt)]
-    for key in [key for key in fixed if key in given]:
-        want, has = getattr(cfg, key), getattr(model.config, key)
-        check(want in (has, 0), f"{key} is {want}, but {source} has {has}: leave {key} out")
-    if 'block_size' in given:
-        model.crop_block_size(cfg.block_size)
-    cfg.block_size, files = model.config.block_size, companions(source)
-    files = files if vocabulary(files) else data.tokenizer_files() | files
-    fit_to_data(model, data, files, source)
-    return model, ckpt, files
-
-def fit_to_data(model, data, files, source):
-    """Takes the data's end-of-text. Raises UserError if the data is of another tokenizer."""
-    vocab, theirs = vocabulary(files), data.meta.get('vocab_hash')
-    same = not vocab or not theirs or fingerprint(vocab, data.meta['vocab_size']) == theirs
-    check(same, f"{data.dir} was written with the tokenizer {data.tokenizer!r}, which is not "
-                f"that of {source}: prepare it with --tokenizer={source}")
-    data.proven = bool(vocab and theirs)
+    if source != 'scratch':
+        for key in {'n_layer', 'n_head', 'n_embd', 'vocab_size'} & cfg.given:
+            want, has = getattr(cfg, key), getattr(model.config, key)
+            check(want in (has, 0), f"{key} is {want}, but {source} has {has}: leave {key} out")
+        if 'block_size' in cfg.given:
+            model.crop_block_size(cfg.block_size)
+        cfg.block_size, own = model.config.block_size, companions(source)
+    vocab = vocabulary(own)
+    check_tokenizer(data, model.config.vocab_size, vocab, source)
     if data.meta.get('eot') is not None:
         model.config.eot_token_id = data.meta['eot']
-    elif data.meta and source == 'scratch':     # these tokens have no end-of-text
-        model.config.hf = {'bos_token_id': None, 'eos_token_id': None}
+    # a model that brings no tokenizer is handed over with that of its data
+    return model, ckpt, own if vocab else data.tokenizer_files() | own
+
+def check_tokenizer(data, vocab_size, vocab, source):
+    """Raises UserError if the data is not of the model's tokenizer; vocab {token: id}, or None."""
+    n, theirs = data.meta.get('vocab_size'), data.meta.get('vocab_hash')
+    if vocab and theirs:
+        fits = fingerprint(vocab, n) == theirs
+    else:       # some pad the vocabulary to a multiple of 64 or 128, or add tokens of their own
+        fits = not n or n <= vocab_size and (vocab_size < n + 128 or data.tokenizer == 'unknown')
+    check(fits, f"{data.dir} has {n} tokens of the tokenizer {data.tokenizer!r}, which is not that "
+                f"of {source} with {vocab_size}: type prepare.py ... --tokenizer={source}")
 
 def check_resume(r, ckpt):
-    """The losses logged so far. Raises UserError if the run so far was not one of this config."""
-    cfg, it = r.cfg, ckpt['iter']
-    old = Config(**{k: v for k, v in ckpt['config'].items() if k in vars(cfg)})
-    if cfg.remove_ln:
-        past, now = [[(*e, c.taper_iters) for e in schedule(c, r.raw.config.n_layer) if e[0] < it]
-                     for c in (old, cfg)]
-        check(past == now, f"the schedule until iteration {it} was another, see "
-              f"{sorted({*past} ^ {*now})[:2]}: give the run's start_, gap_ and taper_ keys")
+    """Raises UserError if the run so far was not one of this config; notes the keys that differ."""
+    cfg, it, old = r.cfg, ckpt['iter'], Config(**ckpt['config'])
+    past, now = [[(*e, c.taper_iters) for e in schedule(c, r.raw.config.n_layer)
+                  if c.remove_ln and e[0] < it] for c in (old, cfg)]
+    check(past == now, f"the schedule until iteration {it} was another, see "
+          f"{sorted({*past} ^ {*now})[:2]}: give the run's remove_ln, start_, gap_ and taper_ keys")
     check(it <= cfg.max_iters, f"max_iters={cfg.max_iters} is over: type --max_iters={it} or more")
-    size = os.path.getsize(r.log_path) if os.path.exists(r.log_path) else 0
     other = f"or begin another run with --init_from={cfg.out_dir}"
-    check(size >= r.log_bytes, f"{r.log_path} is shorter than ckpt.pt says: put it back, {other}")
-    with open(r.log_path) as f:
-        entries = [json.loads(line) for line in f.read(r.log_bytes).splitlines()]
-    first = next(e.get('on', {}) for e in entries if e['event'] == 'eval')
-    check({**first, 'dataset': cfg.dataset} == r.identity, f"this run is evaluated on {first}, not "
-          f"on {r.identity}: put the data and eval_iters back, {other}")
+    check(ckpt['on'] == r.identity, f"this run is evaluated on {ckpt['on']}, not on {r.identity}: "
+                                    f"put the data and eval_iters back, {other}")
+    size = os.path.getsize(r.log_path) if os.path.exists(r.log_path) else 0
+    check(size >= ckpt['log_bytes'], f"{r.log_path} is shorter than ckpt.pt says: put it back, "
+                                     f"{other}")
     for key, value in asdict(old).items():
         if value != getattr(cfg, key) and key not in ('init_from', 'out_dir'):
             print0(f"note: {key} was {value!r} in the checkpoint, now it is {getattr(cfg, key)!r}")
-    return [(e['iter'], e['loss']) for e in entries if e['event'] == 'train']
 
 def claim_out_dir(r):
     """On rank 0: makes sure, before the work, that out_dir can be written, and begins to write."""
-    out_dir, need = r.cfg.out_dir, 40 * r.raw.num_params()  # two checkpoints with moments, and hf/
-    r.wandb = start_wandb(r.cfg) if r.cfg.wandb_log else None
+    cfg, out_dir = r.cfg, r.cfg.out_dir
+    if cfg.wandb_log:
+        import wandb
+        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or out_dir,
+                   config=asdict(cfg))
     os.makedirs(os.path.realpath(out_dir), exist_ok=True)      # also where a link leads nowhere
     r.lock = open(os.path.join(out_dir, '.lock'), 'w')
     try:
@@ -763,29 +721,30 @@ def claim_out_dir(r):
         raise UserError(f"another run is writing to {out_dir}: choose another --out_dir, or wait")
     except OSError as e:    # some file systems have no locks
         print0(f"note: {out_dir} cannot be locked ({e.strerror}): let no other run write there")
+    need = 40 * r.raw.num_params()          # two checkpoints with moments, and hf/
     disk = shutil.disk_usage(out_dir)       # some file systems say 0 of 0
     check(disk.free > need or not disk.total,
           f"{out_dir} has {disk.free / 1e9:.1f} GB left, this run needs {need / 1e9:.1f}")
     probe(r.log_path)
-    if os.path.exists(r.log_path) and not r.resumed:    # a run that never saved, of another model
-        shutil.rmtree(os.path.join(out_dir, 'tokenizer'), ignore_errors=True)
     with open(r.log_path, 'a') as f:
         f.truncate(r.log_bytes)             # what came later will happen again
+    tokenizer = os.path.join(out_dir, 'tokenizer')
+    if not r.resumed:       # what a run left that never saved
+        shutil.rmtree(tokenizer, ignore_errors=True)
     for name, content in r.files.items():
-        write(os.path.join(out_dir, 'tokenizer', name), content)
-
-def start_wandb(cfg):
-    try:
-        import wandb
-        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir,
-                   config=asdict(cfg))
-        return wandb
-    except Exception as e:      # no package, no key, no network
-        raise UserError(f"wandb does not start ({one_line(e)}): pip install wandb, set "
-                        f"WANDB_MODE=offline, or leave out --wandb_log")
+        write(os.path.join(tokenizer, name), content)
 
 # -----------------------------------------------------------------------------
 # On the way: what is printed and logged, and what goes wrong in a night.
+
+ASKED = []      # (signal, time) of what asked the run to stop
+
+def ask_to_stop(number, frame):
+    """SIGTERM and Ctrl-C finish the iteration and save. A second Ctrl-C, later, stops at once."""
+    # torchrun passes a Ctrl-C on, so that two come within a moment
+    if number == signal.SIGINT and ASKED and time.time() - ASKED[0][1] > 1:
+        raise KeyboardInterrupt
+    ASKED.append((number, time.time()))
 
 def print0(text):
     """Prints on rank 0. A terminal that was closed costs nothing."""
@@ -795,17 +754,24 @@ def print0(text):
 
 def log(r, **entry):
     """Appends a JSON object to log.jsonl, on rank 0."""
-    if RANK > 0:
-        return
-    with open(r.log_path, 'a') as f:
-        f.write(json.dumps(entry) + '\n')
-    if r.wandb:
-        values = {f"{entry['event']}/{k}": v for k, v in entry.items() if type(v) in (int, float)}
-        try:
-            r.wandb.log(values, step=entry['iter'])
-        except Exception as e:      # a network that fails at night must not end the run
-            print0(f"note: wandb failed, and is left alone from now on ({one_line(e)})")
-            r.wandb = None
+    if RANK == 0:
+        with open(r.log_path, 'a') as f:
+            f.write(json.dumps(entry) + '\n')
+        if r.cfg.wandb_log:
+            import wandb
+            wandb.log({f"{entry['event']}/{k}": v for k, v in entry.items()
+                       if type(v) in (int, float)}, step=entry['iter'])
+
+def read_log(out_dir, event):
+    """A run's entries of an event. Raises UserError if log.jsonl is damaged or has none."""
+    path = os.path.join(out_dir, 'log.jsonl')
+    try:
+        with open(path) as f:
+            entries = [entry for entry in map(json.loads, f) if entry['event'] == event]
+    except (ValueError, TypeError, KeyError) as e:
+        raise UserError(f"{path} is damaged ({one_line(e)})")
+    check(entries, f"{path} has no {event!r} entry: expected the log of a finished run")
+    return entries
 
 # dense bf16 peaks in FLOPs a second, by the datasheets
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'RTX 4090': 165e12}
@@ -824,47 +790,42 @@ def progress(r, it, speed, seconds):
 
 def evaluate(r, it):
     """The validation loss after `it` iterations, logged."""
-    loss = np.nanmean(token_losses(r.evaluator, r.data)[0], dtype=np.float64).item()
+    r.raw.eval()
+    loss = np.nanmean(token_losses(r.forward, r.data)[0], dtype=np.float64).item()
     log(r, event='eval', iter=it, val_loss=loss, tokens=it * r.cfg.batch_tokens, on=r.identity)
     print0(f"iter {it:>6} | val loss {loss:.4f} nats per {r.data.noun}")
     return loss
 
 def log_ratios(r, it):
     """{kind: {LN: its std, times the ordinary one}}, measured on the validation windows; logged."""
-    stds = measure(r.evaluator, r.raw, ((x, y) for _, x, y in r.data.windows()))
+    stds = measure(r.forward, r.raw, ((x, y) for _, x, y in r.data.windows()))
     times = (stds / stds[:, TOKEN:TOKEN + 1]).T.tolist()
     ratios = {KINDS[k]: dict(zip(r.raw.layernorms(), times[k])) for k in (BOS, EOT)}
     log(r, event='giant', iter=it, **ratios)
     return ratios
 
-def high_since(losses, cfg):
-    """losses [(iteration, loss)] -> (since when guard_nats above its level, or None; the level)."""
-    if not losses or not cfg.guard_nats:
-        return None, None
-    its, values = zip(*losses)
-    k = min(5, len(values))     # the level is the lowest mean of five consecutive losses
-    level = np.convolve(values, np.ones(k) / k, 'valid').min()
-    low = [i for i, loss in enumerate(values) if loss <= level + cfg.guard_nats]
-    high = its[low[-1] + 1:] if low else its
-    return high[0] if high else None, level
+def guard(r, done, bad, loss):
+    """Raises UserError if the run has diverged -> since when the loss is too high, or None.
 
-def guard(r, done, bad, val_loss=0.0):
-    """Raises UserError if the run has diverged: no number, or a loss too high for too long.
-
-    bad: the iteration of the first gradient that was not finite, or -1. A spike may pass while
-    there is time to recover; what is high at the end is neither saved nor handed over.
+    bad: the iteration of the first gradient that was not finite, or -1. loss: the last one, of
+    training or validation. A spike may pass while there is time to recover; what is high at the
+    end is neither saved nor handed over.
     """
-    cfg, now, last = r.cfg, r.losses[-1][1], done == r.cfg.max_iters
-    since, level = high_since(r.losses + [(done, val_loss)] * (last and val_loss > 0), cfg)
+    cfg, since, (its, losses) = r.cfg, None, zip(*r.losses)
+    k = min(5, len(losses))     # the level is the lowest mean of five consecutive losses
+    level = np.convolve(losses, np.ones(k) / k, 'valid').min()
+    if cfg.guard_nats and losses[-1] > level + cfg.guard_nats:
+        low = [i for i, value in enumerate(losses) if value <= level + cfg.guard_nats]
+        since = its[low[-1] + 1]
     if bad >= 0:
         why = f"the gradient of iteration {bad} is not finite"
-    elif not math.isfinite(now + val_loss):
-        why = f"after iteration {done - 1} the loss is {now}, the validation loss {val_loss}"
-    elif since is not None and (last or done - since >= cfg.guard_patience):
-        why = (f"since iteration {since} the loss, {val_loss or now:.4f} now, is more than "
+    elif not math.isfinite(loss):
+        why = f"after iteration {done - 1} the loss is {loss}"
+    elif since is not None and (done == cfg.max_iters or done - since >= cfg.guard_patience):
+        why = (f"since iteration {since} the loss, {losses[-1]:.4f} now, is more than "
                f"guard_nats={cfg.guard_nats:g} above its lowest level, {level:.4f}")
     else:
-        return
+        return since
     if RANK > 0:
         sys.exit(2)         # all ranks come here together; one tells
     kept = os.path.join(cfg.out_dir, 'ckpt.pt')
@@ -873,20 +834,11 @@ def guard(r, done, bad, val_loss=0.0):
                     f"{kept} of before is {'kept' if os.path.exists(kept) else 'not there'}. Try a "
                     f"longer taper_iters, wider gaps, more iterations or a lower rate")
 
-ASKED = []      # (signal, time) of what asked the run to stop
-
-def ask_to_stop(number, frame):
-    """SIGTERM and Ctrl-C finish the iteration and save. A second Ctrl-C, later, stops at once."""
-    # torchrun passes a Ctrl-C on, so that two come within a moment
-    if number == signal.SIGINT and ASKED and time.time() - ASKED[0][1] > 1:
-        raise KeyboardInterrupt
-    ASKED.append((number, time.time()))
-
 # -----------------------------------------------------------------------------
 # Evaluation.
 
 @torch.no_grad()
-def token_losses(evaluator, data, full=False):
+def token_losses(forward, data, full=False):
     """For each token of the validation windows -> (1 or 4, windows, T) float32, alike on all ranks.
 
     The cross-entropy in nats: NaN where nothing is predicted, infinite where a logit is not finite.
@@ -894,7 +846,7 @@ def token_losses(evaluator, data, full=False):
     """
     table = torch.zeros(4 if full else 1, len(data.starts()), data.cfg.block_size)
     for first, x, y in data.windows():
-        logits = evaluator(x)[0]
+        logits = forward(x)[0]
         for i in range(min(len(x), table.shape[1] - first)):    # all in float32 are too large
             z = logits[i].float()
             loss = F.cross_entropy(z, y[i], ignore_index=-1, reduction='none')
@@ -945,57 +897,60 @@ def loss_table(named, noun):
                              + ''.join(f"{number:>12.4f}" for number in row))
     return '\n'.join(lines)
 
-def compare(cfg, given):
+def compare(cfg):
     """eval_only: the losses of init_from, and of control if named, over val.bin. Writes nothing."""
-    check(cfg.init_from != 'scratch' and cfg.control not in ('scratch', 'resume'),
-          "nothing to evaluate: name a model, --init_from=MODEL [--control=ANOTHER]")
+    check(cfg.init_from != 'scratch', "nothing to evaluate: type --init_from=MODEL")
     device, autocast, dtype, compiled = start_machine(cfg)
-    data, models, tables = Data(cfg, device), {}, {}
-    for cfg.init_from in [cfg.init_from] + [cfg.control] * bool(cfg.control):
-        model = on_all_ranks(load_model, cfg, given, data)[0]
+    data, models, losses, ends = Data(cfg, device), {}, {}, []
+    cfg.remove_ln = False
+    for source in [cfg.init_from] + [cfg.control] * bool(cfg.control):
+        cfg.init_from = source = cfg.out_dir if source == 'resume' else source
+        model = on_all_ranks(load_model, cfg, data)[0]
         on_all_ranks(data.open, model.config.vocab_size, ['val'])
-        given = given | {'block_size'}      # the second is cropped to the windows of the first
-        name = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
-        models[name + ' (control)' * bool(models)] = model
+        cfg.given.add('block_size')     # the second is cropped to the windows of the first
+        models[source + ' (control)' * bool(models)] = model.eval()
     for name, model in models.items():
-        evaluator = make_evaluator(model.to(device), autocast, compiled)
-        tables[name] = token_losses(evaluator, data, full=True)
+        forward = torch.compile(model.to(device), fullgraph=True, disable=not compiled)
+        table = token_losses(autocast(forward), data, full=True)
         model.cpu()
-        bad = np.isinf(tables[name][0])
+        bad = np.isinf(table[0])
         check(not bad.any(), f"{name} gives NaN or infinite logits for {bad.sum():,} {data.noun}s, "
               f"first in the window from {data.noun} {data.starts()[bad.any(1).argmax()]:,} on")
-    losses = {name: table[0] for name, table in tables.items()}
+        ece, entropy = calibration(table)
+        ends.append(f"{name}: calibration error (ECE) {ece:.4f}, entropy {entropy:.4f} nats")
+        losses[name] = table[0]
     mean, error = mean_and_error(next(iter(losses.values())))
     print0(f"val loss {mean:.4f} nats per {data.noun}, standard error {error:.4f}; "
            f"{data.dir}/val.bin, {len(data.starts()):,} windows of {cfg.block_size}, {dtype}\n\n"
-           f"{loss_table(losses, data.noun)}\n")
-    for name, table in tables.items():
-        ece, entropy = calibration(table)
-        print0(f"{name}: calibration error (ECE) {ece:.4f}, entropy {entropy:.4f} nats")
+           f"{loss_table(losses, data.noun)}\n\n" + '\n'.join(ends))
 
 # -----------------------------------------------------------------------------
 # Handing over. The model is written first: nothing that is printed or drawn later can cost it.
 
 def hand_over(r):
     """Writes hf/ if no LayerNorm is left; then prints the table and draws the picture."""
-    out_dir, control = r.cfg.out_dir, r.cfg.control
-    result, picture = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'loss.png')
-    if not r.cfg.remove_ln:
-        return print0(f"saved {result}")
-    torch.set_float32_matmul_precision('highest')       # TF32 would drown the difference
-    try:
-        folded, close = r.raw.eval().fold_ln(), ''
-    except UserError as e:
-        folded, close = None, f"no LN-free model to hand over: {e}"
-    if folded:
-        result = os.path.join(out_dir, 'hf')
-        close = write_hf(r, folded, result)
-    print0(f"\n{attempt('table', result_table, r) or ''}\n{close}")
-    attempt('picture', plot, picture, [out_dir, control] if control else [out_dir])
-    print0(f"written: {', '.join(p for p in (result, picture) if os.path.exists(p))}")
+    out_dir, hf = r.cfg.out_dir, os.path.join(r.cfg.out_dir, 'hf')
+    made = [os.path.join(out_dir, 'ckpt.pt')]
+    if r.cfg.remove_ln:
+        torch.set_float32_matmul_precision('highest')       # TF32 would drown the difference
+        try:
+            folded = r.raw.eval().fold_ln()
+        except UserError as e:
+            print0(f"no LN-free model to hand over: {e}")
+        else:
+            write_hf(r, folded, hf)
+            made = [hf]
+        for show, path in ((write_card, os.path.join(hf, 'README.md')), (print_table, ''),
+                           (plot, os.path.join(out_dir, 'loss.png'))):
+            try:
+                show(r, path)
+                made += [path] * os.path.exists(path)
+            except Exception as e:      # no matplotlib, a full disk, a damaged log
+                print0(f"note: {show.__name__} failed ({one_line(e)})")
+    print0(f"written: {', '.join(made)}")
 
 def write_hf(r, folded, hf):
-    """Writes hf/ -> a line on how far folded and unfolded logits differ. UserError if too far."""
+    """Raises UserError, and writes nothing, if the folded logits are not the unfolded ones."""
     x = next(r.data.windows())[1][:4]
     with torch.no_grad():
         logits = r.raw(x)[0]
@@ -1003,79 +958,53 @@ def write_hf(r, folded, hf):
     # float32 rounding is far below, and a NaN is not below
     check(diff <= 1e-3 * max(scale, 1), f"nothing is handed over: the folded logits differ by "
                                         f"{diff:.2g} (largest {scale:.3g}); ckpt.pt is as it was")
-    files, tokenizer = r.files, r.data.tokenizer
-    if not vocabulary(files):       # the model brought no tokenizer: that of the data
-        made = attempt('tokenizer', lambda: tokenizer_files(get_tokenizer(tokenizer))) or {}
-        files = {name: text.encode() for name, text in made.items()} | files
-    card = attempt('model card', model_card, r) or ''
     if os.path.exists(hf):          # resumed after its end: somebody may have edited what is there
-        aside = next(f'{hf}.{n}' for n in range(1, 10 ** 6) if not os.path.exists(f'{hf}.{n}'))
-        os.rename(hf, aside)
-        print0(f"note: {hf} was there already and is now {aside}")
-    r.raw.save_pretrained(hf, files | {'README.md': card.encode('utf-8', 'replace')})
-    return f"folded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})"
-
-def attempt(what, fn, *args):
-    """fn(*args); if it fails, a note, and None."""
-    try:
-        return fn(*args)
-    except Exception as e:
-        print0(f"note: no {what} ({one_line(e)})")
-
-def read_log(out_dir):
-    """A run's log.jsonl, as a list. Raises UserError if it is damaged or has no evaluation."""
-    path = os.path.join(out_dir, 'log.jsonl')
-    with suppress(OSError, ValueError, KeyError, TypeError), open(path) as f:
-        entries = [json.loads(line) for line in f]
-        if any(e['event'] == 'eval' and isinstance(e['val_loss'], float) for e in entries):
-            return entries
-    raise UserError(f"{path} is missing, damaged or has no evaluation: expected the log of a run")
-
-def evaluations(out_dir):
-    return [e for e in read_log(out_dir) if e['event'] == 'eval']
+        os.rename(hf, f'{hf}.{time.time():.0f}')
+        print0(f"note: {hf} was there already, and has the time added to its name")
+    r.raw.save_pretrained(hf, r.files)
+    print0(f"folded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})")
 
 def result_rows(r):
     """[(name, validation loss, LN sites left)]: before, the control where there is one, after."""
-    own, left = evaluations(r.cfg.out_dir), len(r.raw.sites_left())
+    own, left = read_log(r.cfg.out_dir, 'eval'), len(r.raw.sites_left())
     before = left + sum(event == 'remove' for _, event, _ in r.events)
     rows = [('pre-trained', own[0]['val_loss'], before)]
     if r.cfg.control:
-        last = evaluations(r.cfg.control)[-1]
+        last = read_log(r.cfg.control, 'eval')[-1]
         when = f", at {last['iter']}" * (last['iter'] != own[-1]['iter'])
         rows.append((f'control (LN kept){when}', last['val_loss'], before))
     return rows + [('LN removed' if left else 'LN-free', own[-1]['val_loss'], left)]
 
-def result_table(r):
+def print_table(r, _):
     rows, control = result_rows(r), r.cfg.control
-    lines = [f"{'':<28}{'val nats/' + r.data.noun:>16}{'gap to control':>16}{'LN sites left':>16}"]
+    print0(f"\n{'':<28}{'val nats/' + r.data.noun:>16}{'gap to control':>16}{'LN sites left':>16}")
     for name, loss, left in rows:
         gap = f"{loss - rows[1][1]:+.4f}" if control and name != 'pre-trained' else ''
-        lines.append(f"{name:<28}{loss:>16.4f}{gap:>16}{left:>16}")
-    looks = [e for e in read_log(r.cfg.out_dir) if e['event'] == 'giant']
+        print0(f"{name:<28}{loss:>16.4f}{gap:>16}{left:>16}")
+    looks = read_log(r.cfg.out_dir, 'giant')
     times = [f"{max(e[k].values()):.1f}" for k in ('bos', 'eot') for e in (looks[0], looks[-1])]
-    lines.append("largest std, in ordinary tokens' stds: position 0 {} before, {} after; "
-                 "end-of-text {}, {}".format(*times))
+    print0("largest std, in ordinary tokens' stds: position 0 {} before, {} after; "
+           "end-of-text {}, {}".format(*times))
     if not control:
-        lines.append("(no control: see config/control.py)")
-    return '\n'.join(lines)
+        print0("(no control: see config/control.py)")
 
-def model_card(r):
-    """README.md of the folder that is handed over: this run's facts."""
+def write_card(r, path):
+    """The README.md of the folder that is handed over: this run's facts."""
+    if not os.path.exists(os.path.dirname(path)):
+        return
     cfg, c, noun = r.cfg, r.raw.config, r.data.noun
     rows = '\n'.join(f"| {name} | {loss:.4f} |" for name, loss, _ in result_rows(r))
     removal = ', '.join(f"{k} {v}" for k, v in vars(cfg).items()
                         if k.startswith(('start_', 'gap_', 'taper_', 'aux_')))
-    on_hub = r.base != 'scratch' and not r.base.startswith('./')
-    return f"""---
+    write(path, f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [gpt2, interpretability, layernorm-free]
-{f'base_model: {r.base}' if on_hub else '# base_model: not on the hub'}
 ---
 # A GPT-2 without LayerNorm
 
-Trained from {r.base.removeprefix('./')}, then freed of every LayerNorm by fine-tuning: the division
-by the token's own standard deviation was replaced by a constant, one site after another
+Trained from {r.base}, then freed of every LayerNorm by fine-tuning: the division by the token's own
+standard deviation was replaced by a constant, one site after another
 ([arXiv 2409.13710](https://arxiv.org/abs/2409.13710)). transformers' `GPT2LMHeadModel` loads it.
 The LayerNorm modules are still there, but with `layer_norm_epsilon` 1e12 each divides by 1e6,
 whatever the token: do not set another epsilon. **Use float32 or bfloat16**: weights of 1e6 do not
@@ -1090,23 +1019,21 @@ fit float16. For float16 write a folded model: `python model.py MODEL FOLDER --f
 * **Training:** {cfg.max_iters:,} iterations of {cfg.batch_tokens:,} {noun}s, learning rate
   {cfg.learning_rate:g}, seed {cfg.seed}, {date.today()}
 * **Removal, in iterations:** {removal}
-"""
+""".encode('utf-8', 'replace'))
 
-def plot(path, runs):
-    """Draws training losses (lines), validation losses (dots) and the first run's events."""
+def plot(r, path):
+    """Draws training losses (lines), validation losses (dots) and this run's removals."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(9, 5), layout='constrained')
-    for run in reversed(runs):
-        entries = read_log(run)
-        train, val = (np.array([(e['iter'], e[k]) for e in entries if e['event'] == event]).T
-                      for event, k in (('train', 'loss'), ('eval', 'val_loss')))
+    for run in [r.cfg.control] * bool(r.cfg.control) + [r.cfg.out_dir]:
+        train, val = (np.array([(e['iter'], e[key]) for e in read_log(run, event)]).T
+                      for event, key in (('train', 'loss'), ('eval', 'val_loss')))
         line, = ax.plot(*train, lw=0.8, alpha=0.6, label=run)
         ax.plot(*val, 'o-', ms=4, color=line.get_color(), label=f'{run}: validation')
-    for e in entries:
-        if e['event'] in ('remove', 'merge'):
-            ax.axvline(e['iter'], color='gray', lw=0.5, ls=':')
+    for it, _, _ in r.events:
+        ax.axvline(it, color='gray', lw=0.5, ls=':')
     low, high = val[1].min(), np.quantile(train[1], 0.95)       # the start would flatten the rest
     ax.set(xlabel='iteration (dotted: a removal begins)', ylabel='nats',
            ylim=(low - 0.1, high + 0.3 * (high - low)))

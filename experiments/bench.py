@@ -24,8 +24,8 @@ from model import GPT2, GPT2Config      # noqa: E402
 def make(argv):
     """A function that takes one step of this setting and waits for it, and what to say of it."""
     ln_mode = next((a.split('=')[1] for a in argv if a.startswith('--ln_mode=')), 'fake')
-    cfg, _ = train.load_config(['--batch_size=1', '--batch_tokens=0', '--compile=True', '--seed=0',
-                                *(a for a in argv if not a.startswith('--ln_mode='))])
+    cfg = train.load_config(['--batch_size=1', '--batch_tokens=0', '--compile=True', '--seed=0',
+                             *(a for a in argv if not a.startswith('--ln_mode='))])
     cfg.batch_tokens = cfg.batch_tokens or cfg.batch_size * cfg.block_size
     device, autocast, dtype, compiled = train.start_machine(cfg)
     torch.manual_seed(0)

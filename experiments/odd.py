@@ -41,7 +41,7 @@ def measured(run, ids):
     model = GPT2.from_pretrained(run).eval()
     with tempfile.TemporaryDirectory() as folder:
         ids.tofile(os.path.join(folder, 'val.bin'))
-        cfg, _ = train.load_config([f'--dataset={os.path.abspath(folder)}', '--eval_iters=0',
+        cfg = train.load_config([f'--dataset={os.path.abspath(folder)}', '--eval_iters=0',
                                     f'--block_size={model.config.block_size}'])
         data = train.Data(cfg, 'cpu')
         data.open(257, ['val'])
