@@ -95,7 +95,8 @@ def prepare(o, tokenizer):
             content = content if isinstance(content, bytes) else content.encode()
             write(os.path.join(o.partial, 'tokenizer', name), content)
     write(os.path.join(o.partial, 'meta.json'), json.dumps(meta, indent=2).encode())
-    for name in ('val.bin', 'train.bin', 'tokenizer', 'meta.json'):
+    # meta.json first: killed on the way, bins that are not as it says are refused, and made again
+    for name in ('meta.json', 'train.bin', 'val.bin', 'tokenizer'):
         place = os.path.realpath(os.path.join(o.folder, name))      # links are followed
         if os.path.isdir(place):
             shutil.rmtree(place)

@@ -321,7 +321,7 @@ def test_float16_takes_the_folded_model_with_a_smaller_epsilon(tmp_path):
 
 def test_the_papers_pace_event_by_event():
     cfg = train.load_config([str(REPO / 'config/remove_ln.py'), '--start_eot=1060',
-                                '--start_bos=1160', '--taper_iters=0'])
+                             '--start_bos=1160', '--taper_iters=0'])
     expected = [(200 + 20 * i, 'remove', f'h.{i}.ln_2') for i in range(12)]
     expected += [(440 + 20 * i, 'remove', f'h.{i}.ln_1.qk') for i in range(12)]
     expected += [(680 + 30 * i, 'remove', f'h.{i}.ln_1.v') for i in range(12)]

@@ -42,7 +42,7 @@ def measured(run, ids):
     with tempfile.TemporaryDirectory() as folder:
         ids.tofile(os.path.join(folder, 'val.bin'))
         cfg = train.load_config([f'--dataset={os.path.abspath(folder)}', '--eval_iters=0',
-                                    f'--block_size={model.config.block_size}'])
+                                 f'--block_size={model.config.block_size}'])
         data = train.Data(cfg, 'cpu')
         data.open(257, ['val'])
         model.config.eot_token_id = 256

@@ -12,6 +12,7 @@ start_lnf = 100
 
 def _measure(evaluator, model, batches):
     """One process, constants for ordinary tokens."""
+    model.eval()
     stds = []
     for x, y in batches:
         keep = model.kinds(x) == _train.TOKEN
