@@ -994,8 +994,8 @@ def write_card(r, path):
         return
     cfg, c, noun = r.cfg, r.raw.config, r.data.noun
     rows = '\n'.join(f"| {name} | {loss:.4f} |" for name, loss, _ in result_rows(r))
-    removal = ', '.join(f"{k} {v}" for k, v in vars(cfg).items()
-                        if k.startswith(('start_', 'gap_', 'taper_', 'aux_')))
+    settings = ', '.join(f"{name}={getattr(cfg, name)}" for name, key in KEYS.items()
+                         if name in cfg.given and key.type is not str)
     write(path, f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -1016,9 +1016,7 @@ fit float16. For float16 write a folded model: `python model.py MODEL FOLDER --f
 
 * **Model:** {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}
 * **Data:** {' '.join(r.data.meta.get('source', [cfg.dataset]))} (tokenizer {r.data.tokenizer})
-* **Training:** {cfg.max_iters:,} iterations of {cfg.batch_tokens:,} {noun}s, learning rate
-  {cfg.learning_rate:g}, seed {cfg.seed}, {date.today()}
-* **Removal, in iterations:** {removal}
+* **Training and removal,** {date.today()}: {settings}
 """.encode('utf-8', 'replace'))
 
 def plot(r, path):
