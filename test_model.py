@@ -591,10 +591,10 @@ def standin(workspace):
     here('train.py tiny.py --init_from=standin --out_dir=giant --max_iters=200 --batch_size=16 '
          '--batch_tokens=1024 --warmup_iters=10 --learning_rate=2e-3 --min_lr=2e-4')
     # a sixth of the paper's iterations, 3 layers for its 12
-    put({'scaled.py': "dataset, init_from, batch_size, batch_tokens = 'tiny', 'giant', 16, 1024\n"
-                      "max_iters, warmup_iters, lr_decay_iters, eval_iters = 200, 16, 333, 200\n"
-                      "start_ln2, start_ln1qk, start_ln1v, start_lnf = 33, 73, 113, 173\n"
-                      "gap_ln2, gap_ln1qk, gap_ln1v, taper_iters = 13, 13, 20, 16"})
+    put({'scaled.py': """dataset, init_from, batch_size, batch_tokens = 'tiny', 'giant', 16, 1024
+max_iters, warmup_iters, lr_decay_iters, eval_iters = 200, 16, 333, 200
+start_ln2, start_ln1qk, start_ln1v, start_lnf = 33, 73, 113, 173
+gap_ln2, gap_ln1qk, gap_ln1v, taper_iters = 13, 13, 20, min(taper_iters, 16)"""})
     line = 'train.py tiny.py config/remove_ln.py scaled.py'
     here(f'{line} config/control.py')
     return line
@@ -818,8 +818,8 @@ def test_a_models_own_tokenizer_is_used_and_handed_on(german, capsys):
     put({'bare_run/tokenizer/vocab.json': '{}'})
     for name in ('german', 'bare'):
         here(f'train.py tiny.py remove.py --dataset=t --init_from={name} --out_dir={name}_run')
-        hf = Path(f'{name}_run/hf')
-        assert own == {n: (hf / n).read_bytes() for n in own} and not (hf / 'vocab.json').exists()
+        assert own == {file: Path(f'{name}_run/hf', file).read_bytes() for file in own}
+    assert not os.path.exists('bare_run/tokenizer/vocab.json')
     ids = {'bos_token_id': 0, 'eos_token_id': [0, 5], 'pad_token_id': 1}
     assert ids.items() <= read_json('german_run/hf/config.json').items()
     # a folder of a tokenizer alone
@@ -864,10 +864,10 @@ def question(ctx_a='A man sits. He', ctx_b='', label=0,
     return {'activity_label': 'Sitting', 'ctx_a': ctx_a, 'ctx_b': ctx_b,
             'ctx': f'{ctx_a} {ctx_b}'.strip(), 'endings': [*endings], 'label': label}
 
-QUESTIONS = [question(), question('Then, the man.', 'the Woman', 1),
+QUESTIONS = [question(label=2), question('Then, the man.', 'the Woman', 2),
              question('[header] How to do [title] Begin. [step] Now [substeps]', '', '2'),
-             question('long ' * 60, 'end', 3, ('x', 'longer ' * 5, '[step]', 'é🙂')),
-             question(endings=('y ' * 40, 'a', 'b', 'c'))]
+             question('long ' * 60, 'end', 2, ('x', 'longer ' * 5, '[step]', 'é🙂')),
+             question(endings=('y ' * 40, 'a', 'b', 'c'), label=3)]
 
 def test_hellaswag_texts_of_both_conventions():
     texts = eval_hellaswag.texts
@@ -908,18 +908,21 @@ def test_hellaswag_scores_equal_one_ending_at_a_time(workspace):
             right[prefix + 'acc'] += np.argmax(sums) == int(q['label'])
             right[prefix + 'acc_norm'] += np.argmax(means) == int(q['label'])
     assert {name: one[name] for name in right} == {name: n / 5 for name, n in right.items()}
+    assert len({*right.values()}) == 4      # none could be taken for another
     assert one['acc_stderr'] == pytest.approx((one['acc'] * (1 - one['acc']) / 4) ** 0.5)
 
 def test_the_questions_are_downloaded_whole_or_not_at_all(hub, monkeypatch):
     repos, downloads, env = hub
     questions = [question(label=i % 4) for i in range(eval_hellaswag.QUESTIONS)]
     body = '\n'.join(map(json.dumps, questions)).encode()
-    repos['/me/hs'] = {'main': {'flaky': body, 'bad': body.replace(b'"label": 3', b'"label": 4')}}
+    repos['/me/hs'] = {'main': {'flaky': body, 'short': json.dumps(question()).encode(),
+                                'bad': body.replace(b'"label": 3', b'"label": 4')}}
     monkeypatch.setattr(time, 'sleep', lambda s: None)
     url = f"{env['HF_ENDPOINT']}/me/hs/resolve/main/"
     fails('label is 4', eval_hellaswag.download, url + 'bad', 'data/q.jsonl')
+    fails('1 questions, expected 10042', eval_hellaswag.download, url + 'short', 'data/q.jsonl')
     fails('404', eval_hellaswag.download, url + 'nothing', 'data/q.jsonl')
-    assert len(downloads) == 5 + 1      # what is not there is asked for once
+    assert len(downloads) == 5 + 5 + 1      # what is not there is asked for once
     assert not os.path.exists('data/q.jsonl')
     eval_hellaswag.download(url + 'flaky', 'data/q.jsonl')
     assert Path('data/q.jsonl').read_bytes() == body and os.listdir('data') == ['q.jsonl']
