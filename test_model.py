@@ -61,7 +61,7 @@ def workspace(tmp_path_factory):
     pieces = (piece for text in files for piece in text.split('\n\n') if piece.strip())
     rows = [json.dumps({'text': piece}) for piece, _ in zip(pieces, range(9000))]
     put(CONFIGS | {'tiny.jsonl': '\n'.join(rows)})
-    here('prepare.py tiny.jsonl --tokenizer=bytes --val_fraction=0.02')
+    here('prepare.py tiny.jsonl --tokenizer=bytes --val_fraction=0.01')
     for seed, name in enumerate(('run', 'other')):
         here(f'train.py {TINY} --max_iters=2 --seed={seed} --out_dir={name}')
     load('run').save_pretrained('model')
