@@ -567,7 +567,7 @@ def main(argv):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-            gc.collect()    # a DDP that lives until the process ends makes torch 2.11 abort at times
+            gc.collect()    # a DDP that lives until the process ends makes torch 2.11 abort
 
 # -----------------------------------------------------------------------------
 # Starting: the machine, the model, the place to write.
