@@ -276,11 +276,12 @@ class GPT2(nn.Module):
         weight makes up for it. Raises UserError where stock LN cannot compute the same.
         """
         c, intact = self.config, not any(self.sites().values())
-        left = f'{len(self.sites_left())} of {len(self.sites())}'
+        left, n = len(self.sites_left()), len(self.sites())
+        check(intact or not left, f"{left} of {n} sites still divide by the token's own std")
         eps = c.layer_norm_epsilon if intact else eps
         s = math.sqrt(eps)      # the constant
         sd = {k: v.cpu() for k, v in self.state_dict().items() if k.endswith(('weight', 'bias'))}
-        x = torch.randn(1, 3, c.n_embd, device=self.wte.weight.device) + 1
+        x = torch.randn(1, 3, c.n_embd).to(self.wte.weight) + 1
         kind = torch.tensor([[TOKEN, BOS, EOT]], device=x.device)
         for name, ln in self.layernorms().items():
             if ln.mode == 'none':
@@ -293,8 +294,8 @@ class GPT2(nn.Module):
             stock = F.layer_norm(x, x.shape[-1:], w, b, eps)
             error = (torch.stack(ln(x, kind)[0]) - stock).cpu() @ W.T
             check(abs(error).max() <= 1e-4 * abs(stock.cpu() @ W.T).max(),
-                  f"{name} is no stock LayerNorm: half removed ({left} sites left), edited, with "
-                  f"constants of position 0 or end-of-text, or its reader sees the mean of x")
+                  f"{name} is no stock LayerNorm: edited, or with constants of position 0 or "
+                  f"end-of-text, or its reader sees the mean of x")
         if c.ln_mode == 'none':
             # A stock lm_head has no bias. Its rows have mean zero and meet vectors of mean zero: a
             # number u added to a row changes nothing, until ln_f adds 1 to each of the C entries.
@@ -421,7 +422,8 @@ def _read_folder(folder):
                 'n_inner': [None, 4 * hf.get('n_embd', 768)], 'tie_word_embeddings': [True, False],
                 'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False],
                 'num_attention_heads': [None], 'num_hidden_layers': [None]}.items():
-            check(hf.get(key, good[0]) in good, f"{key} is {hf.get(key)!r}; expected {good[0]!r}")
+            check(hf.get(key, good[0]) in good,
+                  f"config.json: {key} is {hf.get(key)!r}; expected {good[0]!r}")
         args = {k: hf.pop(k) for k in SAME if k in hf}
         args |= {'block_size': hf.pop('n_positions', 1024), 'hf': hf}
         eot = hf['eos_token_id']
@@ -518,9 +520,12 @@ def trouble(e):
     """What to tell a person of an exception, on one line; None if it is a fault of the program."""
     if isinstance(e, (UserError, OSError)):
         return one_line(e, None)
-    for pattern, advice in TROUBLE.items():
-        if re.search(pattern, f'{type(e).__module__}.{type(e).__name__}: {e}'):
-            return f"{advice} ({one_line(e)})"
+    name = f'{type(e).__module__}.{type(e).__name__}'
+    outside = isinstance(e, (RuntimeError, MemoryError, ImportError, KeyboardInterrupt))
+    if outside or name.startswith(('torch.', 'wandb')):
+        for pattern, advice in TROUBLE.items():
+            if re.search(pattern, f'{name}: {e}'):
+                return f"{advice} ({one_line(e)})"
 
 def command(main):
     """Decorates a script's main(argv): --help prints its docstring, trouble one line, status 2."""

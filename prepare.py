@@ -102,9 +102,10 @@ def prepare(o, tokenizer):
             shutil.rmtree(place)
         if name in os.listdir(o.partial):       # an unknown tokenizer has no files
             shutil.move(os.path.join(o.partial, name), place)
-    for group, counts in found.items():
-        counts = ', '.join(f'{k:,} {what}' for what, k in sorted(counts.items()) if k)
-        print(f"{group}: {counts or 'none'}")
+    for group in ('train', 'val', 'read', 'skipped', 'notes'):
+        counts = ', '.join(f'{k:,} {what}' for what, k in sorted(found[group].items()) if k)
+        if counts:
+            print(f"{group}: {counts}")
     seconds = time.time() - started
     print(f"{o.folder}: {total:,} tokens of {tokenizer.name}, end-of-text {tokenizer.eot}, in "
           f"{seconds:.1f} s, {total / seconds:,.0f} tokens/s")
@@ -149,12 +150,24 @@ def encoded(documents, tokenizer):
 
     Threads are enough, as tiktoken lets go of the interpreter while it encodes.
     """
-    encode = lambda document: tokenizer.encode(document) if isinstance(document, str) else document
-    cores = os.cpu_count() or 1
+    def portions():     # of some 250,000 characters
+        portion, size = [], 0
+        for place, document in documents:
+            portion.append((place, document))
+            size += 100 + len(document)
+            if size > 1 << 18:
+                yield portion
+                portion, size = [], 0
+        yield portion
+
+    def encode(portion):
+        return [(place, tokenizer.encode(document) if isinstance(document, str) else document)
+                for place, document in portion]
+
+    cores, waiting = os.cpu_count() or 1, portions()
     with ThreadPoolExecutor(cores) as pool:
-        while batch := list(itertools.islice(documents, 16 * cores)):
-            places, contents = zip(*batch)
-            yield from zip(places, pool.map(encode, contents))
+        while some := list(itertools.islice(waiting, 2 * cores)):
+            yield from itertools.chain.from_iterable(pool.map(encode, some))
 
 # -----------------------------------------------------------------------------
 # Sources -> documents.
@@ -432,7 +445,10 @@ def get_tokenizer(name):
     files = companions(name)
     table = vocabulary(files)
     check(table, f"{name} brings no tokenizer.json or vocab.json: type --tokenizer=gpt2 or bytes")
-    eot, known = end_of_text(name, files, table), KNOWN.get(fingerprint(table, LIMIT))
+    try:
+        eot, known = end_of_text(name, files, table), KNOWN.get(fingerprint(table, LIMIT))
+    except ValueError as e:
+        raise UserError(f"{name}: config.json or tokenizer_config.json is damaged ({one_line(e)})")
     return known() if known and known.eot == eot else ModelTokenizer(name, files, table, eot)
 
 def vocabulary(files):

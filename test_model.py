@@ -667,14 +667,14 @@ def test_the_readmes_snippets_and_the_handed_over_folder(flagship):
 
 def test_nothing_at_the_end_can_cost_the_model(workspace, monkeypatch):
     """A terminal of ASCII, a table, a card and a picture that fail: hf/ is there."""
-    def bad(*args):
+    def bad(*args, **kwargs):
         raise ValueError('no')
     for name in ('print_table', 'write_card', 'plot'):
         monkeypatch.setattr(train, name, bad)
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), 'ascii')) as out:
         here(f'train.py {TINY} remove.py --out_dir=é文')
     text = out.buffer.getvalue().decode()
-    assert load('é文/hf') and text.count('bad failed (no)') == 3 and r'\xe9' in text
+    assert load('é文/hf') and text.count('report failed (no)') == 3 and r'\xe9' in text
 
 # -----------------------------------------------------------------------------
 # What users bring: models.
@@ -815,7 +815,7 @@ def test_a_models_own_tokenizer_is_used_and_handed_on(german, capsys):
     assert bpe.decode(ids[:-1].tolist()) == Path('t.txt').read_text()
     # a model that brings none is handed over with that of its data, not with one of a dead run
     shutil.copytree('german', 'bare', ignore=shutil.ignore_patterns('tokenizer.json'))
-    put({'bare_run/tokenizer/vocab.json': '{}'})
+    put({'bare_run/tokenizer/vocab.json': '{}', 'bare_run/log.jsonl': ''})
     for name in ('german', 'bare'):
         here(f'train.py tiny.py remove.py --dataset=t --init_from={name} --out_dir={name}_run')
         assert own == {file: Path(f'{name}_run/hf', file).read_bytes() for file in own}

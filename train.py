@@ -139,7 +139,8 @@ def load_config(argv):
                     exec(compile(f.read(), arg, 'exec'), found)
             except Exception as e:      # it is a program, and may fail in any way
                 raise UserError(f"{arg}: {type(e).__name__}: {one_line(e)}")
-            found = {name: value for name, value in found.items() if value is not known.get(name)
+            found = {name: value for name, value in found.items()
+                     if (name not in known or value is not known[name])
                      and not (name.startswith('_') or callable(value) or type(value) is type(ast))}
         for name, value in found.items():
             given[name] = checked(arg, name, value)
@@ -183,8 +184,8 @@ def check_config(cfg):
         warmup, end = cfg.warmup_iters, cfg.lr_decay_iters or cfg.max_iters
         check(cfg.min_lr <= cfg.learning_rate, f"min_lr={cfg.min_lr:g} is above learning_rate="
               f"{cfg.learning_rate:g}, so the rate would climb: give both, or --decay_lr=False")
-        check(warmup <= min(end, cfg.max_iters), f"warmup_iters={warmup} is beyond the decay's end "
-              f"at {end} or max_iters={cfg.max_iters}: lower it")
+        check(warmup <= min(end, cfg.max_iters), f"warmup_iters={warmup} is beyond max_iters="
+              f"{cfg.max_iters} or lr_decay_iters={cfg.lr_decay_iters}: lower it")
 
 # -----------------------------------------------------------------------------
 # The removal: what happens when, and what happens then.
@@ -287,16 +288,17 @@ def warnings_of(events, cfg, ratios):
     """What the schedule will do to a giant vector, told before it happens: a list of lines.
 
     ratios: {kind: {LN: r}}. The ordinary constant multiplies what a token with r times the ordinary
-    std feeds by r, at once or over the iterations of a fade, whose first is the steepest.
+    std feeds by r, at once or over the iterations of a fade.
     """
-    told = []
+    n, told = max(cfg.taper_iters, 1), []
     for kind, start, token in (('bos', cfg.start_bos, 'position 0'),
                                ('eot', cfg.start_eot, 'end-of-text')):
         steep = []
         for when, event, name in events if start >= 0 else ():
             if event == 'remove':
                 r = ratios[kind][ln_of(name)]
-                step = 1 + (r - 1) * fade(1, max(cfg.taper_iters, 1))
+                fed = [1 + (r - 1) * fade(k, n) for k in range(n + 1)]
+                step = max(b / a for a, b in zip(fed, fed[1:]))
                 # a site removed before the merge meets the ordinary constant only then
                 steep += [(step, max(when, start), r, ln_of(name))] * (step > STEEP)
         if steep:
@@ -325,16 +327,17 @@ class Data:
     def __init__(self, cfg, device):
         self.cfg, self.device, self.dir = cfg, device, os.path.join('data', cfg.dataset)
         check(os.path.isdir(self.dir), f"no {self.dir}: type python prepare.py SOURCE "
-                                       f"--name={cfg.dataset}, see its --help")
+              f"--name={cfg.dataset}, for example with SOURCE openwebtext --max_tokens=700_000_000")
         # nanoGPT's, of a vocabulary of characters; its meta is a pickle, which could run code
         check(cfg.vocab_size or not os.path.exists(os.path.join(self.dir, 'meta.pkl')),
               f"{self.dir} has nanoGPT's meta.pkl: type --vocab_size= as it says, 65 for example")
         try:
-            self.meta = json.loads(Path(self.dir, 'meta.json').read_text('utf-8-sig'))
-            ours = {'tokenizer', 'vocab_size', 'eot', 'train', 'val'} <= {*self.meta}
+            self.meta = m = json.loads(Path(self.dir, 'meta.json').read_text('utf-8-sig'))
+            ours = (m['tokenizer'] and (m['eot'] or 0) < m['vocab_size'] and m.get('window', 2) > 1
+                    and min(m['train']['tokens'], m['val']['tokens']) >= 0)
         except FileNotFoundError:       # bins of another program
             self.meta, ours = {}, True
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, KeyError):
             ours = False
         check(ours, f"{self.dir}/meta.json is damaged or not prepare.py's: prepare the data again")
         self.tokenizer = self.meta.get('tokenizer')
@@ -350,7 +353,7 @@ class Data:
         T, self.vocab_size = self.cfg.block_size, vocab_size
         for split in splits:
             path = os.path.join(self.dir, f'{split}.bin')
-            n = os.path.getsize(path) / 2
+            n = os.path.getsize(path) / 2 if os.path.exists(path) else 0
             want = self.meta.get(split, {}).get('tokens', n // 1)
             check(n == want, f"{path} has {n:.1f} tokens, not {want:.0f}: damaged or not uint16")
             check(n > T, f"{path} has {n:.0f} tokens, less than block_size + 1 = {T + 1}: prepare "
@@ -408,9 +411,9 @@ class Data:
 
     def identity(self):
         """What a validation loss is measured on: losses on unlike things are not compared."""
-        return {'dataset': self.cfg.dataset, 'val_tokens': len(self.val),
+        return {'val_tokens': len(self.val), 'windows': len(self.starts()),
                 'val_sha256': hashlib.sha256(self.val).hexdigest()[:16],
-                'windows': len(self.starts()), 'block_size': self.cfg.block_size}
+                'block_size': self.cfg.block_size}
 
 def all_reduce(x):
     """The sum over ranks of a CPU tensor."""
@@ -502,7 +505,7 @@ def train(cfg):
             print0('\n'.join(warnings_of(r.events, cfg, log_ratios(r, 0))))
     bad = torch.full((), -1, device=device)     # the iteration of the first gradient not finite
     t0 = then = time.time()
-    logged, high = r.start, None
+    logged, high = r.start, False
 
     for it in range(r.start, cfg.max_iters):
         # what the schedule has for this iteration
@@ -520,7 +523,7 @@ def train(cfg):
         done = it + 1
         if it % cfg.log_interval == 0 or done == cfg.max_iters:
             r.losses.append((it, all_reduce(loss.cpu().double()).item()))
-            high = guard(r, done, bad.item(), r.losses[-1][1])
+            high = guard(r, done, bad.item(), r.losses)
             now = time.time()
             speed = (done - logged) * cfg.batch_tokens / max(now - then, 1e-9)
             progress(r, it, speed, (now - t0) / (done - r.start) * (cfg.max_iters - done))
@@ -531,14 +534,15 @@ def train(cfg):
         stop = len(ASKED) if WORLD == 1 else all_reduce(torch.tensor(len(ASKED))).item()
         if due:
             t = time.time()
-            high = guard(r, done, bad.item(), evaluate(r, done))
+            evaluate(r, done)
+            high |= guard(r, done, bad.item(), r.vals)
             then += time.time() - t
-        if due and not stop and high is not None:
+        if due and not stop and high:
             print0("not saved: the loss is far above its level, and the last checkpoint is better")
         elif (due or stop) and RANK == 0:
             save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), iter=done,
                             base=r.base, config=asdict(cfg), on=r.identity, losses=r.losses,
-                            log_bytes=os.path.getsize(r.log_path))
+                            vals=r.vals, log_bytes=os.path.getsize(r.log_path))
         if stop and done < cfg.max_iters:
             if RANK == 0:
                 print(f"train.py: stopped and saved after iteration {it}; go on with the same "
@@ -633,15 +637,15 @@ def prepare_run(cfg, device):
     base = os.path.basename(os.path.abspath(base)) if os.path.exists(base) else base
     r = SimpleNamespace(cfg=cfg, data=data, raw=raw, files=files, events=events, base=base,
                         identity=data.identity(), log_path=os.path.join(cfg.out_dir, 'log.jsonl'),
-                        start=0, log_bytes=0, losses=[], resumed=None)
+                        start=0, log_bytes=0, losses=[], vals=[], resumed=None)
     if cfg.control:
-        on = read_log(cfg.control, 'eval')[-1]['on']
+        on = read_log(cfg.control, 'eval')[-1].get('on')
         check(on == r.identity, f"control={cfg.control} was evaluated on {on}, not on "
                                 f"{r.identity}: give both runs the same data and windows")
     if ckpt:
         check_resume(r, ckpt)
         r.base, r.start, r.log_bytes = ckpt['base'], ckpt['iter'], ckpt['log_bytes']
-        r.losses, r.resumed = ckpt['losses'], ckpt['optimizer']
+        r.losses, r.vals, r.resumed = ckpt['losses'], ckpt['vals'], ckpt['optimizer']
     return r
 
 def load_model(cfg, data):
@@ -655,7 +659,7 @@ def load_model(cfg, data):
         torch.manual_seed(cfg.seed)
         model = GPT2(GPT2Config(cfg.block_size, vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
                                 cfg.dropout, mode or cfg.ln_mode))
-        if data.meta and data.meta['eot'] is None:      # these tokens have no end-of-text
+        if data.meta.get('eot') is None and (data.meta or vocab_size < 50257):  # no end-of-text
             model.config.hf = {'bos_token_id': None, 'eos_token_id': None}
     elif source == 'resume':
         source, ckpt = cfg.out_dir, load_checkpoint(cfg.out_dir)
@@ -664,7 +668,8 @@ def load_model(cfg, data):
     else:
         model = GPT2.from_pretrained(source, mode, cfg.dropout)
     if source != 'scratch':
-        for key in {'n_layer', 'n_head', 'n_embd', 'vocab_size'} & cfg.given:
+        fixed = {'n_layer', 'n_head', 'n_embd', 'vocab_size', *['block_size'] * bool(ckpt)}
+        for key in fixed & cfg.given:
             want, has = getattr(cfg, key), getattr(model.config, key)
             check(want in (has, 0), f"{key} is {want}, but {source} has {has}: leave {key} out")
         if 'block_size' in cfg.given:
@@ -689,7 +694,8 @@ def check_tokenizer(data, vocab_size, vocab, source):
 
 def check_resume(r, ckpt):
     """Raises UserError if the run so far was not one of this config; notes the keys that differ."""
-    cfg, it, old = r.cfg, ckpt['iter'], Config(**ckpt['config'])
+    cfg, it = r.cfg, ckpt['iter']
+    old = Config(**{k: v for k, v in ckpt['config'].items() if k in KEYS})
     past, now = [[(*e, c.taper_iters) for e in schedule(c, r.raw.config.n_layer)
                   if c.remove_ln and e[0] < it] for c in (old, cfg)]
     check(past == now, f"the schedule until iteration {it} was another, see "
@@ -726,11 +732,11 @@ def claim_out_dir(r):
     check(disk.free > need or not disk.total,
           f"{out_dir} has {disk.free / 1e9:.1f} GB left, this run needs {need / 1e9:.1f}")
     probe(r.log_path)
+    tokenizer = os.path.join(out_dir, 'tokenizer')
+    if os.path.exists(r.log_path) and not r.resumed:    # of a run that never saved
+        shutil.rmtree(tokenizer, ignore_errors=True)
     with open(r.log_path, 'a') as f:
         f.truncate(r.log_bytes)             # what came later will happen again
-    tokenizer = os.path.join(out_dir, 'tokenizer')
-    if not r.resumed:       # what a run left that never saved
-        shutil.rmtree(tokenizer, ignore_errors=True)
     for name, content in r.files.items():
         write(os.path.join(tokenizer, name), content)
 
@@ -759,8 +765,12 @@ def log(r, **entry):
             f.write(json.dumps(entry) + '\n')
         if r.cfg.wandb_log:
             import wandb
-            wandb.log({f"{entry['event']}/{k}": v for k, v in entry.items()
-                       if type(v) in (int, float)}, step=entry['iter'])
+            try:
+                wandb.log({f"{entry['event']}/{k}": v for k, v in entry.items()
+                           if type(v) in (int, float)}, step=entry['iter'])
+            except Exception as e:      # a network that fails at night must not end the run
+                r.cfg.wandb_log = False
+                print0(f"note: wandb failed, and is left alone from now on ({one_line(e)})")
 
 def read_log(out_dir, event):
     """A run's entries of an event. Raises UserError if log.jsonl is damaged or has none."""
@@ -792,9 +802,10 @@ def evaluate(r, it):
     """The validation loss after `it` iterations, logged."""
     r.raw.eval()
     loss = np.nanmean(token_losses(r.forward, r.data)[0], dtype=np.float64).item()
-    log(r, event='eval', iter=it, val_loss=loss, tokens=it * r.cfg.batch_tokens, on=r.identity)
+    r.vals.append((it, loss))
+    log(r, event='eval', iter=it, val_loss=loss, tokens=it * r.cfg.batch_tokens,
+        dataset=r.cfg.dataset, on=r.identity)
     print0(f"iter {it:>6} | val loss {loss:.4f} nats per {r.data.noun}")
-    return loss
 
 def log_ratios(r, it):
     """{kind: {LN: its std, times the ordinary one}}, measured on the validation windows; logged."""
@@ -804,28 +815,25 @@ def log_ratios(r, it):
     log(r, event='giant', iter=it, **ratios)
     return ratios
 
-def guard(r, done, bad, loss):
-    """Raises UserError if the run has diverged -> since when the loss is too high, or None.
+def guard(r, done, bad, losses):
+    """Raises UserError if the run has diverged -> whether the loss is too high to be saved.
 
-    bad: the iteration of the first gradient that was not finite, or -1. loss: the last one, of
-    training or validation. A spike may pass while there is time to recover; what is high at the
-    end is neither saved nor handed over.
+    bad: the iteration of the first gradient that was not finite, or -1. losses: [(iteration, loss)]
+    of training, or of validation. A spike may pass while there is time to recover; what is high at
+    the end is neither saved nor handed over.
     """
-    cfg, since, (its, losses) = r.cfg, None, zip(*r.losses)
-    k = min(5, len(losses))     # the level is the lowest mean of five consecutive losses
-    level = np.convolve(losses, np.ones(k) / k, 'valid').min()
-    if cfg.guard_nats and losses[-1] > level + cfg.guard_nats:
-        low = [i for i, value in enumerate(losses) if value <= level + cfg.guard_nats]
-        since = its[low[-1] + 1]
+    cfg, (_, now), level = r.cfg, losses[-1], min(loss for _, loss in losses)
+    low = [it for it, loss in losses if loss <= level + (cfg.guard_nats or math.inf)]
+    high = [it for it, _ in losses if low and it > low[-1]]
     if bad >= 0:
         why = f"the gradient of iteration {bad} is not finite"
-    elif not math.isfinite(loss):
-        why = f"after iteration {done - 1} the loss is {loss}"
-    elif since is not None and (done == cfg.max_iters or done - since >= cfg.guard_patience):
-        why = (f"since iteration {since} the loss, {losses[-1]:.4f} now, is more than "
-               f"guard_nats={cfg.guard_nats:g} above its lowest level, {level:.4f}")
+    elif not math.isfinite(now):
+        why = f"after iteration {done - 1} the loss is {now}"
+    elif high and (done == cfg.max_iters or done - high[0] >= cfg.guard_patience):
+        why = (f"since iteration {high[0]} the loss, {now:.4f} now, is more than guard_nats="
+               f"{cfg.guard_nats:g} above its lowest level, {level:.4f}")
     else:
-        return since
+        return bool(high)
     if RANK > 0:
         sys.exit(2)         # all ranks come here together; one tells
     kept = os.path.join(cfg.out_dir, 'ckpt.pt')
@@ -899,7 +907,8 @@ def loss_table(named, noun):
 
 def compare(cfg):
     """eval_only: the losses of init_from, and of control if named, over val.bin. Writes nothing."""
-    check(cfg.init_from != 'scratch', "nothing to evaluate: type --init_from=MODEL")
+    check('scratch' not in (cfg.init_from, cfg.control),
+          "nothing to evaluate: type --init_from=MODEL [--control=ANOTHER]")
     device, autocast, dtype, compiled = start_machine(cfg)
     data, models, losses, ends = Data(cfg, device), {}, {}, []
     cfg.remove_ln = False
@@ -929,25 +938,24 @@ def compare(cfg):
 
 def hand_over(r):
     """Writes hf/ if no LayerNorm is left; then prints the table and draws the picture."""
-    out_dir, hf = r.cfg.out_dir, os.path.join(r.cfg.out_dir, 'hf')
-    made = [os.path.join(out_dir, 'ckpt.pt')]
+    hf, picture = (os.path.join(r.cfg.out_dir, name) for name in ('hf', 'loss.png'))
+    made, reports = os.path.join(r.cfg.out_dir, 'ckpt.pt'), []
     if r.cfg.remove_ln:
         torch.set_float32_matmul_precision('highest')       # TF32 would drown the difference
+        reports = [print_table, partial(plot, path=picture)]
         try:
             folded = r.raw.eval().fold_ln()
         except UserError as e:
             print0(f"no LN-free model to hand over: {e}")
         else:
             write_hf(r, folded, hf)
-            made = [hf]
-        for show, path in ((write_card, os.path.join(hf, 'README.md')), (print_table, ''),
-                           (plot, os.path.join(out_dir, 'loss.png'))):
-            try:
-                show(r, path)
-                made += [path] * os.path.exists(path)
-            except Exception as e:      # no matplotlib, a full disk, a damaged log
-                print0(f"note: {show.__name__} failed ({one_line(e)})")
-    print0(f"written: {', '.join(made)}")
+            made, reports = hf, [partial(write_card, path=os.path.join(hf, 'README.md')), *reports]
+    for report in reports:
+        try:
+            report(r)
+        except Exception as e:      # no matplotlib, a full disk, a damaged log
+            print0(f"note: a part of the report failed ({one_line(e)})")
+    print0(f"written: {made}" + f", {picture}" * os.path.exists(picture))
 
 def write_hf(r, folded, hf):
     """Raises UserError, and writes nothing, if the folded logits are not the unfolded ones."""
@@ -961,6 +969,8 @@ def write_hf(r, folded, hf):
     if os.path.exists(hf):          # resumed after its end: somebody may have edited what is there
         os.rename(hf, f'{hf}.{time.time():.0f}')
         print0(f"note: {hf} was there already, and has the time added to its name")
+    if not vocabulary(r.files):
+        print0(f"note: {hf} has no tokenizer, for neither the model nor {r.data.dir} brings one")
     r.raw.save_pretrained(hf, r.files)
     print0(f"folded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})")
 
@@ -975,7 +985,7 @@ def result_rows(r):
         rows.append((f'control (LN kept){when}', last['val_loss'], before))
     return rows + [('LN removed' if left else 'LN-free', own[-1]['val_loss'], left)]
 
-def print_table(r, _):
+def print_table(r):
     rows, control = result_rows(r), r.cfg.control
     print0(f"\n{'':<28}{'val nats/' + r.data.noun:>16}{'gap to control':>16}{'LN sites left':>16}")
     for name, loss, left in rows:
@@ -990,8 +1000,6 @@ def print_table(r, _):
 
 def write_card(r, path):
     """The README.md of the folder that is handed over: this run's facts."""
-    if not os.path.exists(os.path.dirname(path)):
-        return
     cfg, c, noun = r.cfg, r.raw.config, r.data.noun
     rows = '\n'.join(f"| {name} | {loss:.4f} |" for name, loss, _ in result_rows(r))
     settings = ', '.join(f"{name}={getattr(cfg, name)}" for name, key in KEYS.items()
