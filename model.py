@@ -540,7 +540,9 @@ def command(main):
         except (Exception, KeyboardInterrupt) as e:
             if trouble(e) is None:
                 raise
-            print(f"{Path(main.__code__.co_filename).name}: {trouble(e)}", file=sys.stderr)
+            # what all processes find before they meet, the first of each machine tells
+            if torch.distributed.is_initialized() or os.environ.get('LOCAL_RANK', '0') == '0':
+                print(f"{Path(main.__code__.co_filename).name}: {trouble(e)}", file=sys.stderr)
             sys.exit(130 if isinstance(e, KeyboardInterrupt) else 2)
     return wrapped
 

@@ -13,6 +13,7 @@ and a resumed run continues as if never stopped. out_dir holds ckpt.pt, log.json
 a line) and, after a removal, hf/: the LN-free model. The keys are the fields of Config.
 """
 import ast
+import atexit
 import difflib
 import gc
 import hashlib
@@ -556,22 +557,12 @@ def train(cfg):
 
 @command
 def main(argv):
+    cfg = load_config(argv)
+    check_config(cfg)
+    if RESTARTS != '0' and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
+        cfg.init_from = 'resume'        # torchrun started us anew, because a worker died
     ASKED.clear()
-    try:
-        cfg = load_config(argv)
-        check_config(cfg)
-        if RESTARTS != '0' and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
-            cfg.init_from = 'resume'        # torchrun started us anew, because a worker died
-        compare(cfg) if cfg.eval_only else train(cfg)
-    except UserError:
-        # what every rank finds, before the group is there, the first of each machine tells
-        if LOCAL_RANK > 0 and not dist.is_initialized():
-            sys.exit(2)
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            gc.collect()    # a DDP that lives until the process ends makes torch 2.11 abort
+    compare(cfg) if cfg.eval_only else train(cfg)
 
 # -----------------------------------------------------------------------------
 # Starting: the machine, the model, the place to write.
@@ -587,6 +578,8 @@ def start_machine(cfg):
         store, rank, world = next(dist.rendezvous('env://'))
         dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', rank=rank,
                                 world_size=world, store=dist.PrefixStore(RESTARTS, store))
+        atexit.register(gc.collect)     # a DDP that outlives the group makes torch 2.11 abort
+        atexit.register(dist.destroy_process_group)
     device, native = cfg.device if number else kind, False
     if kind == 'cuda':
         number, n = int(number or LOCAL_RANK), torch.cuda.device_count()
