@@ -668,12 +668,11 @@ def load_model(cfg, data):
         if 'block_size' in cfg.given:
             model.crop_block_size(cfg.block_size)
         cfg.block_size, own = model.config.block_size, companions(source)
-    vocab = vocabulary(own)
-    check_tokenizer(data, model.config.vocab_size, vocab, source)
+        check_tokenizer(data, model.config.vocab_size, vocabulary(own), source)
     if data.meta.get('eot') is not None:
         model.config.eot_token_id = data.meta['eot']
     # a model that brings no tokenizer is handed over with that of its data
-    return model, ckpt, own if vocab else data.tokenizer_files() | own
+    return model, ckpt, own if vocabulary(own) else data.tokenizer_files() | own
 
 def check_tokenizer(data, vocab_size, vocab, source):
     """Raises UserError if the data is not of the model's tokenizer; vocab {token: id}, or None."""
