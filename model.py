@@ -10,7 +10,9 @@ then folding, loading and saving.
 
 The method: Heimersheim 2024, arXiv 2409.13710, and Baroni et al. 2025, arXiv 2507.02559.
 """
+import atexit
 import errno
+import gc
 import json
 import math
 import os
@@ -20,10 +22,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
+
+class UserError(ValueError):
+    """What a person can mend: `command`, below, prints it as one line and exits with status 2."""
+
+def check(ok, message):
+    if not ok:
+        raise UserError(message)
 
 @dataclass
 class GPT2Config:
@@ -60,10 +70,10 @@ class GPT2Config:
 #   in between   y = (1-g) real + g removed                g in [0, 1]: the gate of the site
 #
 # s depends on the kind of token, because trained GPT-2s park a giant vector at position 0 and at
-# end-of-text. A merge sets the special constants equal to the ordinary one; only then is the map
+# end-of-text. A merge fades the special constants into the ordinary one; only then is the map
 # affine, and can be folded. Queries/keys and values read ln_1, and are removed at different times:
-# two gates. Gates and constants are buffers: they travel in the state dict, and are data to
-# torch.compile, so that moving a gate changes no graph.
+# two gates. Gates, constants and merges are buffers: they travel in the state dict, and are data
+# to torch.compile, so that moving a gate changes no graph.
 
 TOKEN, BOS, EOT = 0, 1, 2       # ordinary; position 0; end-of-text, also at position 0
 KINDS = ('token', 'bos', 'eot')
@@ -78,14 +88,16 @@ class LayerNorm(nn.Module):
             self.bias = nn.Parameter(torch.zeros(config.n_embd))
         if self.mode == 'fake':
             self.register_buffer('gate', torch.zeros(len(sides)))
-            self.register_buffer('std', torch.ones(len(KINDS)))
+            self.register_buffer('std', torch.ones(len(KINDS)))     # s, as measured
+            self.register_buffer('merge', torch.zeros(len(KINDS)))  # 1: the ordinary s instead
 
     def real(self, x):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     def frozen(self, x, kind):
         """What replaces `real`: edit this for another (experiments/variants/dyt.py does)."""
-        scale = self.weight / self.std[kind].unsqueeze(-1)                          # (B, T, C)
+        inverse = torch.lerp(1 / self.std, 1 / self.std[TOKEN], self.merge)         # (3,)
+        scale = self.weight * inverse[kind].unsqueeze(-1)                           # (B, T, C)
         return torch.addcmul(self.bias, x - x.mean(-1, keepdim=True), scale)
 
     def forward(self, x, kind=None):
@@ -101,22 +113,30 @@ class LayerNorm(nn.Module):
 # -----------------------------------------------------------------------------
 # The transformer: GPT-2, with nanoGPT's names.
 
+class QKV(nn.Linear):
+    """The projection to queries, keys and values; values may read another input, x_v.
+
+    It is called once, whatever the ln_mode, so that hooks and adapters on c_attn see it.
+    """
+    def forward(self, x_qk, x_v=None):
+        if x_v is None:
+            return super().forward(x_qk)
+        # each side of ln_1 meets its own rows: the same work, cut in two
+        C = self.in_features
+        qk = F.linear(x_qk, self.weight[:2 * C], self.bias[:2 * C])
+        return torch.cat((qk, F.linear(x_v, self.weight[2 * C:], self.bias[2 * C:])), -1)
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_attn = QKV(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x_qk, x_v):
         B, T, C = x_qk.shape
-        if x_qk is x_v:
-            q, k, v = self.c_attn(x_qk).split(C, dim=2)
-        else:   # each side of ln_1 meets its own rows of the projection: the same work, cut in two
-            w_qk, w_v = self.c_attn.weight.split([2 * C, C])
-            b_qk, b_v = self.c_attn.bias.split([2 * C, C])
-            q, k = F.linear(x_qk, w_qk, b_qk).split(C, dim=2)
-            v = F.linear(x_v, w_v, b_v)
+        qkv = self.c_attn(x_qk) if x_qk is x_v else self.c_attn(x_qk, x_v)
+        q, k, v = qkv.split(C, dim=2)
         # (B, T, C) -> (B, nh, T, hs)
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v))
         dropout = self.dropout if self.training else 0.0
@@ -152,7 +172,7 @@ class GPT2(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False     # in training, compute blocks again
+        self.gradient_checkpointing = False     # recompute activations in the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -177,7 +197,7 @@ class GPT2(nn.Module):
     def forward(self, idx, targets=None, return_stds=False):
         """idx (B, T) int64 -> logits (B, T, vocab), cross-entropy in nats (None without targets).
 
-        Targets of -1 are left out of its mean. `return_stds` adds sigma of the input of each of
+        Targets of -1 are left out of its mean, which is 0 without any other. `return_stds` adds sigma of the input of each of
         `layernorms()`, (B, T), differentiable. Raises UserError if T exceeds block_size.
         """
         T, most = idx.shape[1], self.config.block_size
@@ -191,8 +211,8 @@ class GPT2(nn.Module):
         (y,), std = self.ln_f(x, kind)
         logits, loss = self.lm_head(y), None
         if targets is not None:
-            flat = logits.float().flatten(0, 1)
-            loss = F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
+            flat, n = logits.float().flatten(0, 1), (targets != -1).sum().clamp(min=1)
+            loss = F.cross_entropy(flat, targets.flatten(), ignore_index=-1, reduction='sum') / n
         return (logits, loss, stds + [std]) if return_stds else (logits, loss)
 
     @torch.no_grad()
@@ -243,7 +263,12 @@ class GPT2(nn.Module):
         """The sites that still divide, at least in part, by the token's own std."""
         return [site for site, gate in self.sites().items() if gate != 1]
 
-    READERS = {'ln_1': 'attn.c_attn', 'ln_2': 'mlp.c_fc', 'ln_f': 'lm_head'}
+    @staticmethod
+    def reader(ln):
+        """The linear layer that reads an LN, by name: h.0.ln_1 -> h.0.attn.c_attn."""
+        for name, reads in (('ln_1', 'attn.c_attn'), ('ln_2', 'mlp.c_fc'), ('ln_f', 'lm_head')):
+            ln = ln.replace(name, reads)
+        return ln
 
     @torch.no_grad()
     def fold_ln(self):
@@ -258,7 +283,7 @@ class GPT2(nn.Module):
         check(eps >= 1e6, "cannot fold: each LayerNorm still divides by the token's own std")
         sd = {k: v.clone() for k, v in stock.items()}
         for name in self.layernorms():
-            reader = name[:-4] + self.READERS[name[-4:]]
+            reader = self.reader(name)
             w, b = (sd.pop(f'{name}.{p}').double() for p in ('weight', 'bias'))
             W = sd[f'{reader}.weight']
             Ws = W * (w / math.sqrt(eps))
@@ -289,8 +314,8 @@ class GPT2(nn.Module):
             else:
                 w, b = ln.weight if intact else ln.weight * (s / ln.std[TOKEN]), ln.bias
             sd[f'{name}.weight'], sd[f'{name}.bias'] = w.cpu(), b.cpu()
-            # our code may have been edited: believe the numbers that the reader computes
-            W = sd[f'{name[:-4]}{self.READERS[name[-4:]]}.weight']
+            # compare outputs, since forks may have edited the class
+            W = sd[f'{self.reader(name)}.weight']
             stock = F.layer_norm(x, x.shape[-1:], w, b, eps)
             error = (torch.stack(ln(x, kind)[0]) - stock).cpu() @ W.T
             check(abs(error).max() <= 1e-4 * abs(stock.cpu() @ W.T).max(),
@@ -368,7 +393,7 @@ class GPT2(nn.Module):
         config = {
             'bos_token_id': c.eot_token_id, 'eos_token_id': c.eot_token_id, **c.hf,
             'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'dtype': 'float32',
-            'activation_function': 'gelu_new', 'n_positions': c.block_size,
+            'activation_function': 'gelu_new', 'n_positions': c.block_size, 'n_ctx': c.block_size,
             **{f'{part}_pdrop': c.dropout for part in ('resid', 'embd', 'attn')},
             **{k: getattr(c, k) for k in SAME}, 'layer_norm_epsilon': eps}
         ids = {k: v for k, v in config.items() if re.fullmatch('(bos|eos|pad)_token_id', k)}
@@ -458,7 +483,7 @@ def write(path, content):
         content(tmp) if callable(content) else Path(tmp).write_bytes(content)
         with open(tmp, 'r+b') as f:     # Windows syncs only what may be written
             try:
-                os.fsync(f.fileno())    # on the disk before it has the name
+                os.fsync(f.fileno())    # flush to disk before the rename
             except OSError as e:        # some file systems have no fsync
                 if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                     raise
@@ -467,12 +492,6 @@ def write(path, content):
         raise UserError(f"{path} cannot be written ({one_line(e)}); what was there is intact")
     finally:
         Path(tmp).unlink(missing_ok=True)
-
-def probe(path):
-    """Raises UserError if `path` cannot be written: before the hours of work, not after them."""
-    check(not os.path.isdir(path), f"{path} is a folder; expected a file")
-    write(path + '.probe', b'')
-    os.remove(path + '.probe')
 
 def save_checkpoint(out_dir, model, **extra):
     """Writes out_dir/ckpt.pt, whole or not at all. `extra`: tensors and plain values only."""
@@ -491,41 +510,41 @@ def load_checkpoint(out_dir):
     return ckpt
 
 # -----------------------------------------------------------------------------
-# The error idiom of all scripts.
+# What all scripts share: their place among torchrun's processes, and the error idiom.
 
-class UserError(ValueError):
-    """What a person can mend: `command` prints it as one line and exits with status 2."""
+def place():
+    """-> (RANK, LOCAL_RANK, WORLD_SIZE) of torchrun; (0, 0, 1) for a process alone, whatever
+    another launch has left in the environment."""
+    rank, local, world = (int(os.environ.get(k) or n) for k, n in
+                          (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    return (rank, local, world) if world > 1 else (0, 0, 1)
 
-def check(ok, message):
-    if not ok:
-        raise UserError(message)
+RANK, LOCAL_RANK, WORLD = place()
+
+def join_processes(backend='gloo'):
+    """Meets the other processes, until this one ends."""
+    missing = {'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'} - os.environ.keys()
+    check(not missing, f"WORLD_SIZE is {WORLD} without {', '.join(sorted(missing))}: start with "
+                       f"torchrun, or unset WORLD_SIZE")
+    dist.init_process_group(backend)
+    atexit.register(gc.collect)     # a DDP that outlives the group makes torch 2.11 abort
+    atexit.register(dist.destroy_process_group)
 
 def one_line(e, most=300):
     """An exception's message on one line, of at most so many characters."""
     return ' '.join(str(e).split())[:most] or type(e).__name__
 
-# trouble of the machine: how its type and message read, and what to tell a person
-TROUBLE = {
-    "MemoryError|out of memory|ALLOC_FAILED|can't allocate memory|not enough memory":
-        "out of memory: give train.py a smaller --batch_size or --gradient_checkpointing=True",
-    r'^torch\._(inductor|dynamo)':
-        "torch.compile failed; it needs a C++ compiler and one graph: type --compile=False",
-    'closed by peer|gloo|NCCL':
-        "lost the other processes of this run; the one that failed says why",
-    '^wandb|ModuleNotFoundError: .*wandb':
-        "wandb failed: pip install wandb, set WANDB_MODE=offline, or leave out --wandb_log",
-    'KeyboardInterrupt': "interrupted"}
+MEMORY = "out of memory|ALLOC_FAILED|can't allocate memory|not enough memory"
 
 def trouble(e):
-    """What to tell a person of an exception, on one line; None if it is a fault of the program."""
+    """What to tell a person of an exception, on one line; None for a fault of the program."""
     if isinstance(e, (UserError, OSError)):
         return one_line(e, None)
-    name = f'{type(e).__module__}.{type(e).__name__}'
-    outside = isinstance(e, (RuntimeError, MemoryError, ImportError, KeyboardInterrupt))
-    if outside or name.startswith(('torch.', 'wandb')):
-        for pattern, advice in TROUBLE.items():
-            if re.search(pattern, f'{name}: {e}'):
-                return f"{advice} ({one_line(e)})"
+    if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search(MEMORY, str(e)):
+        return f"out of memory ({one_line(e)})"
+    if type(e).__module__.startswith(('torch._inductor', 'torch._dynamo')):
+        return f"torch.compile failed; it needs a C++ compiler and one graph ({one_line(e)})"
+    return 'interrupted' if isinstance(e, KeyboardInterrupt) else None
 
 def command(main):
     """Decorates a script's main(argv): --help prints its docstring, trouble one line, status 2."""
@@ -536,14 +555,16 @@ def command(main):
         if '--help' in argv or '-h' in argv:
             return print(main.__globals__['__doc__'])
         try:
-            main(argv)
+            return main(argv)
         except (Exception, KeyboardInterrupt) as e:
-            if trouble(e) is None:
+            told, status = trouble(e), 130 if isinstance(e, KeyboardInterrupt) else 2
+            if told is None:
                 raise
-            # what all processes find before they meet, the first of each machine tells
-            if torch.distributed.is_initialized() or os.environ.get('LOCAL_RANK', '0') == '0':
-                print(f"{Path(main.__code__.co_filename).name}: {trouble(e)}", file=sys.stderr)
-            sys.exit(130 if isinstance(e, KeyboardInterrupt) else 2)
+        # What all processes find before they meet, the first of each machine tells. Outside of
+        # `except`: a notebook would keep the traceback, and with it the model on the GPU.
+        if LOCAL_RANK == 0 or dist.is_initialized():
+            print(f"{Path(main.__code__.co_filename).name}: {told}", file=sys.stderr)
+        sys.exit(status)
     return wrapped
 
 @command

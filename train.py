@@ -13,42 +13,29 @@ and a resumed run continues as if never stopped. out_dir holds ckpt.pt, log.json
 a line) and, after a removal, hf/: the LN-free model. The keys are the fields of Config.
 """
 import ast
-import atexit
+import contextlib
 import difflib
-import gc
+import functools
 import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 import warnings
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import date, timedelta
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-try:
-    import fcntl
-except ImportError:         # Windows
-    fcntl = None
-
-from model import (BOS, EOT, KINDS, TOKEN, GPT2, GPT2Config, UserError, check, command, companions,
-                   load_checkpoint, one_line, probe, save_checkpoint, trouble, write)
-from prepare import fingerprint, vocabulary
-
-RANK, LOCAL_RANK = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
-WORLD = int(os.environ.get('WORLD_SIZE', 1))
-RESTARTS = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+from model import (BOS, EOT, KINDS, LOCAL_RANK, RANK, TOKEN, WORLD, GPT2, GPT2Config, UserError,
+                   check, command, companions, join_processes, load_checkpoint, one_line,
+                   save_checkpoint, trouble, write)
 
 @dataclass
 class Config:
@@ -56,7 +43,7 @@ class Config:
     out_dir: str = 'out'
     dataset: str = 'openwebtext'    # data/NAME/{train,val}.bin, which prepare.py writes
     init_from: str = 'scratch'      # 'scratch', 'resume', a hub id, a Hugging Face folder, out_dir
-    control: str = ''               # out_dir of the run that kept LN; in an evaluation, any model
+    control: str = ''               # out_dir of the run that kept LN, to compare with at the end
     eval_interval: int = 100        # iterations; a checkpoint is written after each evaluation
     eval_iters: int = 400           # windows of block_size tokens, spread over val.bin; 0: all
     eval_only: bool = False         # evaluate init_from, write nothing
@@ -100,6 +87,11 @@ class Config:
     start_bos: int = 0              # position 0
     taper_iters: int = 0            # how long a site takes to fade, and a merge; 0: abrupt
     aux_loss_weight: float = 0.0    # holds the std before ln_f near its mean; in a removal only
+    giant_loss_weight: float = 0.0  # draws the stds of position 0 and end-of-text to the ordinary
+    # a teacher that kept its LayerNorm
+    teacher: str = ''               # as init_from: a hub id, a folder, an out_dir
+    distil: float = 0.5             # the share of the loss that is KL(teacher || model)
+    random_share: float = 0.0       # of the sequences: random ids, taught by the teacher alone
     # machine
     device: str = 'auto'            # 'cuda' if there is one, else 'cpu'; 'mps'
     dtype: str = 'auto'             # of the forward pass: bfloat16 where CUDA has it, else float32
@@ -110,39 +102,35 @@ class Config:
     guard_nats: float = 2.0         # 0: off
     guard_patience: int = 50
 
-    @property
-    def n_micro(self):
-        """Micro-batches of an iteration, over all ranks."""
-        return self.batch_tokens // (self.batch_size * self.block_size)
-
 KEYS = {f.name: f for f in fields(Config)}
 
 def load_config(argv):
     """Config files and --key=value, the later one wins -> Config; its `given` names what they set.
 
     A config file is Python that assigns keys; it knows the defaults and what files before it
-    assigned. Modules, functions and names with an underscore in front are its own.
+    assigned. Names with an underscore in front are its own.
     """
     given = {}
     for arg in argv:
-        known = {name: key.default for name, key in KEYS.items()} | given
         if arg.startswith('--'):
             name, eq, value = arg[2:].partition('=')
             check(eq, f"{arg}: expected --key=value")
             if name in KEYS and KEYS[name].type is not str:
-                with suppress(ValueError, SyntaxError):     # what is no literal stays a text
+                with contextlib.suppress(ValueError, SyntaxError):  # what is no literal is a text
                     value = ast.literal_eval(value)
             found = {name: value}
         else:
-            found = {'__file__': os.path.abspath(arg), **known}
+            names = {name: key.default for name, key in KEYS.items()} | given
+            names['__file__'] = os.path.abspath(arg)
             try:
                 with open(arg, encoding='utf-8-sig') as f:
-                    exec(compile(f.read(), arg, 'exec'), found)
+                    tree = ast.parse(f.read(), arg)
+                exec(compile(tree, arg, 'exec'), names)
             except Exception as e:      # it is a program, and may fail in any way
                 raise UserError(f"{arg}: {type(e).__name__}: {one_line(e)}")
-            found = {name: value for name, value in found.items()
-                     if (name not in known or value is not known[name])
-                     and not (name.startswith('_') or callable(value) or type(value) is type(ast))}
+            assigned = [n.id for n in ast.walk(tree)
+                        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+            found = {n: names[n] for n in assigned if n in names and n[0] != '_'}
         for name, value in found.items():
             given[name] = checked(arg, name, value)
     cfg = Config(**given)
@@ -160,68 +148,86 @@ def checked(where, name, value):
                  f"like {name}={KEYS[name].default!r}")
     return os.path.expanduser(value) if want is str else value
 
-LIMITS = [(1, math.inf, 'eval_interval log_interval n_layer n_head n_embd block_size batch_size '
-                        'batch_tokens max_iters'),
-          (0, math.inf, 'eval_iters warmup_iters lr_decay_iters taper_iters learning_rate '
-                        'min_lr weight_decay grad_clip aux_loss_weight guard_nats guard_patience'),
-          (0, 2 ** 63, 'seed'), (0, 65537, 'vocab_size'),       # token ids are uint16
-          (0, 1, 'dropout beta1 beta2'),
-          (-1, math.inf, 'start_ln2 start_ln1qk start_ln1v start_lnf start_eot start_bos')]
-
 def check_config(cfg):
     """Raises UserError for values out of range, or keys that contradict each other."""
-    for low, high, names in LIMITS:
-        for name in names.split():
-            value = getattr(cfg, name)
-            check(low <= value < high, f"{name} is {value}; expected at least {low}, below {high}")
-    devices = ['auto', 'cpu', *['cuda'] * torch.cuda.is_available(),
-               *['mps'] * torch.backends.mps.is_available()]
-    for name, good in (('dtype', ['auto', 'float32', 'bfloat16']), ('ln_mode', ['real', 'none']),
-                       ('device', devices)):
+    positive = 'eval_interval log_interval block_size batch_size batch_tokens max_iters'.split()
+    below = {'vocab_size': 65537, 'dropout': 1, 'random_share': 1, 'distil': 1 + 1e-9}
+    for name, key in KEYS.items():
+        value, low = getattr(cfg, name), -1 if name.startswith('start_') else name in positive
+        if key.type in (int, float) and not name.startswith('gap_'):
+            high = below.get(name, math.inf)        # token ids are uint16
+            check(low <= value < high, f"{name} is {value}; expected at least {low:d}, and less "
+                                       f"than {high}")
+    for name, good in (('dtype', ['auto', 'float32', 'bfloat16']), ('ln_mode', ['real', 'none'])):
         value = getattr(cfg, name)
-        check(value.split(':')[0] in good, f"{name} is {value!r}; type one of {good}, like "
-                                           f"--{name}={good[0]}")
+        check(value in good, f"{name} is {value!r}; type --{name}= with one of {', '.join(good)}")
     if cfg.decay_lr and not cfg.eval_only:
-        warmup, end = cfg.warmup_iters, cfg.lr_decay_iters or cfg.max_iters
+        end = min(cfg.lr_decay_iters or cfg.max_iters, cfg.max_iters)
         check(cfg.min_lr <= cfg.learning_rate, f"min_lr={cfg.min_lr:g} is above learning_rate="
               f"{cfg.learning_rate:g}, so the rate would climb: give both, or --decay_lr=False")
-        check(warmup <= min(end, cfg.max_iters), f"warmup_iters={warmup} is beyond max_iters="
-              f"{cfg.max_iters} or lr_decay_iters={cfg.lr_decay_iters}: lower it")
+        check(cfg.warmup_iters <= end, f"warmup_iters={cfg.warmup_iters} is beyond max_iters or "
+                                       f"lr_decay_iters, {end}: lower it")
+    check(cfg.teacher or not cfg.random_share, f"random_share={cfg.random_share} without a teacher:"
+                                               f" type --teacher=, which knows what follows")
 
 # -----------------------------------------------------------------------------
-# The removal: what happens when, and what happens then.
+# The removal: a table of gates, one pure function of the iteration. Edit it, print it, plot it.
 
-def schedule(cfg, n_layer):
-    """Every event in order: [(iteration, 'remove', site) or (iteration, 'merge', kind)].
+def fade(x):
+    """A gate, after the fraction x of its taper_iters.
 
-    The order of removal is this function: edit it for what the keys cannot express.
+    A gate g multiplies what a giant vector of r times the ordinary std feeds by 1 + (r - 1) g. The
+    first iteration of a linear gate is by far its steepest: a factor of 3 for r = 42 and 20
+    iterations. The square has none above 1.4.
     """
-    groups = [(cfg.start_ln2, cfg.gap_ln2, 'ln_2'), (cfg.start_ln1qk, cfg.gap_ln1qk, 'ln_1.qk'),
-              (cfg.start_ln1v, cfg.gap_ln1v, 'ln_1.v')]
-    events = [(start + i * gap, 'remove', f'h.{i}.{side}')
-              for start, gap, side in groups if start >= 0 for i in range(n_layer)]
-    once = [(cfg.start_lnf, 'remove', 'ln_f'), (cfg.start_eot, 'merge', 'eot'),
-            (cfg.start_bos, 'merge', 'bos')]
-    events += [e for e in once if e[0] >= 0]
-    return sorted(events, key=lambda e: e[0])
+    return min(max(x, 0.0), 1.0) ** 2
+
+def gates(cfg, it, n_layer):
+    """{site: its gate in iteration it}, and how far the constants of 'eot' and 'bos' have become
+    the ordinary ones. All from 0, before anything is removed, to 1. Empty without remove_ln."""
+    def gate(start, later=0):
+        return fade((it + 1 - start - later) / max(cfg.taper_iters, 1)) if start >= 0 else 0.0
+    if not cfg.remove_ln:
+        return {}
+    table = {}
+    for i in range(n_layer):
+        table[f'h.{i}.ln_2'] = gate(cfg.start_ln2, i * cfg.gap_ln2)
+        table[f'h.{i}.ln_1.qk'] = gate(cfg.start_ln1qk, i * cfg.gap_ln1qk)
+        table[f'h.{i}.ln_1.v'] = gate(cfg.start_ln1v, i * cfg.gap_ln1v)
+    table['ln_f'] = gate(cfg.start_lnf)
+    table['eot'] = gate(cfg.start_eot) if cfg.start_eot else 1.0
+    table['bos'] = gate(cfg.start_bos) if cfg.start_bos else 1.0
+    return table
 
 def ln_of(site):
     """The LayerNorm of a site: h.0.ln_1.qk -> h.0.ln_1."""
     return site.removesuffix('.qk').removesuffix('.v')
 
-def check_schedule(events, cfg, gates):
-    """Raises UserError for a schedule that cannot run, or not on a model with these gates."""
-    last = max(cfg.taper_iters - 1, 0)      # what begins at iteration i is complete at i + last
-    for it, event, name in events:
-        check(0 <= it and it + last < cfg.max_iters, f"{event} {name} would take iterations {it} "
-              f"to {it + last} of max_iters={cfg.max_iters}: change that, taper_iters or start_")
-    removed = [name for _, event, name in events if event == 'remove']
-    check(removed, "remove_ln=True, but every start_ key is -1: nothing would be removed")
-    for site in removed:    # twice, because schedule() invites editing
-        check(removed.count(site) == 1, f"the schedule removes {site} twice")
-        check(gates.get(site) != 1, f"{site} is lost already in init_from={cfg.init_from}")
-    for site, gate in gates.items():
-        check(gate in (0, 1), f"init_from={cfg.init_from} stopped while {site} faded: resume it")
+def set_gates(cfg, it, model, measured):
+    """Moves the model's gates to those of iteration it -> what to log.
+
+    A LayerNorm is measured, by measured() -> (n_LN, 3), when the gate of its first side leaves 0.
+    """
+    was, now = (gates(cfg, i, model.config.n_layer) for i in (it - 1, it))
+    moving = [name for name in now if now[name] != was[name]]
+    going = [name for name in moving if was[name] == 0]
+    lns, sites, entries = model.layernorms(), model.sites(), []
+    fresh = [ln for ln in lns if ln in map(ln_of, going) and not lns[ln].gate.any()]
+    stds = dict(zip(lns, measured())) if fresh else {}
+    for ln in fresh:
+        lns[ln].std.copy_(stds[ln])
+    for kind in (BOS, EOT) if now else ():
+        for ln in lns.values():
+            ln.merge[kind] = now[KINDS[kind]]
+    for name in moving:
+        if name in KINDS and name in going:
+            entries.append(dict(event='merge', iter=it, kind=name))
+        elif name in sites:
+            sites[name].fill_(now[name])
+            if name in going:
+                std = dict(zip(KINDS, lns[ln_of(name)].std.tolist()))
+                entries.append(dict(event='remove', iter=it, site=name, std=std))
+    return entries
 
 @torch.no_grad()
 def measure(forward, model, batches):
@@ -242,74 +248,6 @@ def measure(forward, model, batches):
     mean = sums / counts.clamp(min=1)
     return torch.where(counts > 0, mean, mean[:, TOKEN:TOKEN + 1])
 
-def fade(k, n):
-    """How far a gate or a merge is after k of the n iterations that it takes: from 0 to 1.
-
-    A gate g multiplies what a giant vector of r times the ordinary std feeds by 1 + (r - 1) g. The
-    first iteration of a linear gate is by far its steepest: a factor of 3 for r = 42, n = 20. The
-    square has none above 1.4.
-    """
-    return (k / n) ** 2
-
-def apply_schedule(events, cfg, it, model, measured):
-    """Sets the gates and constants of iteration it -> what to log. Calls measured() if needed."""
-    n = max(cfg.taper_iters, 1)
-    due = [e for e in events if e[0] <= it <= e[0] + n]
-    if not due:
-        return []
-    lns, sites, log = model.layernorms(), model.sites(), []
-    going = {ln_of(name) for when, event, name in due if event == 'remove' and when == it}
-    # measured when the first side is removed, and shared by both
-    going = [ln for ln in lns if ln in going and not lns[ln].gate.any()]
-    stds = dict(zip(lns, measured())) if going else {}
-    for ln in going:
-        lns[ln].std.copy_(stds[ln])
-        for start, kind in ((cfg.start_eot, EOT), (cfg.start_bos, BOS)):
-            if 0 <= start <= it:
-                lns[ln].std[kind] = lns[ln].std[TOKEN]
-    for when, event, name in due:
-        k = it - when + 1               # iterations of it, this one counted
-        if event == 'remove':
-            sites[name].fill_(fade(min(k, n), n))
-            if when == it:
-                std = dict(zip(KINDS, lns[ln_of(name)].std.tolist()))
-                log.append(dict(event=event, iter=it, site=name, std=std))
-        elif k <= n:    # the inverse goes from the special constant's to the ordinary one's
-            part, kind = (fade(k, n) - fade(k - 1, n)) / (1 - fade(k - 1, n)), KINDS.index(name)
-            for std in (ln.std for ln in lns.values()):
-                inverse = torch.lerp(1 / std[kind], 1 / std[TOKEN], part)
-                std[kind] = std[TOKEN] if k == n else 1 / inverse
-            if when == it:
-                log.append(dict(event=event, iter=it, kind=name))
-    return log
-
-STEEP = 5       # how much what a token feeds may grow within one iteration, without a warning
-
-def warnings_of(events, cfg, ratios):
-    """What the schedule will do to a giant vector, told before it happens: a list of lines.
-
-    ratios: {kind: {LN: r}}. The ordinary constant multiplies what a token with r times the ordinary
-    std feeds by r, at once or over the iterations of a fade.
-    """
-    n, told = max(cfg.taper_iters, 1), []
-    for kind, start, token in (('bos', cfg.start_bos, 'position 0'),
-                               ('eot', cfg.start_eot, 'end-of-text')):
-        steep = []
-        for when, event, name in events if start >= 0 else ():
-            if event == 'remove':
-                r = ratios[kind][ln_of(name)]
-                fed = [1 + (r - 1) * fade(k, n) for k in range(n + 1)]
-                step = max(b / a for a, b in zip(fed, fed[1:]))
-                # a site removed before the merge meets the ordinary constant only then
-                steep += [(step, max(when, start), r, ln_of(name))] * (step > STEEP)
-        if steep:
-            step, _, r, ln = max(steep)
-            told.append(f"warning: at iteration {min(s[1] for s in steep)} the schedule multiplies "
-                        f"what {token} feeds by up to {step:.0f} (its std is {r:.0f} times the "
-                        f"ordinary one before {ln}): type --taper_iters={math.ceil((r - 1) / 2)}, "
-                        f"or move start_{kind}")
-    return told
-
 def spread(std, mask):
     """The auxiliary loss: how far std (B, T) is from its mean over the masked tokens, squared.
 
@@ -322,99 +260,106 @@ def spread(std, mask):
 # -----------------------------------------------------------------------------
 # Data.
 
+def read_meta(dataset):
+    """What prepare.py says of data/NAME; {} for bins of another program."""
+    folder = Path('data', dataset)
+    check(folder.is_dir(), f"no {folder}: type python prepare.py SOURCE --name={dataset}, for "
+                           f"example with SOURCE openwebtext --max_tokens=700_000_000")
+    try:
+        meta = json.loads((folder / 'meta.json').read_text('utf-8-sig'))
+        good = (meta['eot'] or 0) < meta['vocab_size'] and meta['train']['tokens'] >= 0
+        check(good and meta['tokenizer'] and meta['val']['tokens'] >= 0, 'odd numbers')
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError) as e:
+        raise UserError(f"{folder}/meta.json is not prepare.py's ({e}): prepare the data again")
+    return meta
+
 class Data:
-    """data/NAME/{train,val}.bin, mapped, not read."""
+    """data/NAME/{train,val}.bin, mapped, not read: the batches and the validation windows of a
+    model. Raises UserError if they do not fit it."""
 
-    def __init__(self, cfg, device):
-        self.cfg, self.device, self.dir = cfg, device, os.path.join('data', cfg.dataset)
-        check(os.path.isdir(self.dir), f"no {self.dir}: type python prepare.py SOURCE "
-              f"--name={cfg.dataset}, for example with SOURCE openwebtext --max_tokens=700_000_000")
-        # nanoGPT's, of a vocabulary of characters; its meta is a pickle, which could run code
-        check(cfg.vocab_size or not os.path.exists(os.path.join(self.dir, 'meta.pkl')),
-              f"{self.dir} has nanoGPT's meta.pkl: type --vocab_size= as it says, 65 for example")
-        try:
-            self.meta = m = json.loads(Path(self.dir, 'meta.json').read_text('utf-8-sig'))
-            ours = (m['tokenizer'] and (m['eot'] or 0) < m['vocab_size'] and m.get('window', 2) > 1
-                    and min(m['train']['tokens'], m['val']['tokens']) >= 0)
-        except FileNotFoundError:       # bins of another program
-            self.meta, ours = {}, True
-        except (ValueError, TypeError, KeyError):
-            ours = False
-        check(ours, f"{self.dir}/meta.json is damaged or not prepare.py's: prepare the data again")
-        self.tokenizer = self.meta.get('tokenizer')
-        self.noun = 'byte' if self.tokenizer == 'bytes' else 'token'
-
-    def tokenizer_files(self):
-        """{name: bytes} of the tokenizer with which prepare.py wrote the data."""
-        folder = os.path.join(self.dir, 'tokenizer')
-        return companions(folder) if os.path.isdir(folder) else {}
-
-    def open(self, vocab_size, splits):
-        """Maps the splits, for a model with vocab_size tokens. UserError if they do not fit."""
-        T, self.vocab_size = self.cfg.block_size, vocab_size
+    def __init__(self, cfg, meta, model_config, device, splits=('train', 'val')):
+        self.cfg, self.meta, self.device = cfg, meta, device
+        self.dir, self.vocab_size = os.path.join('data', cfg.dataset), model_config.vocab_size
+        self.noun = 'byte' if meta.get('tokenizer') == 'bytes' else 'token'
+        B, T = cfg.batch_size, model_config.block_size
+        self.T, self.n_micro = T, cfg.batch_tokens // (B * T)   # micro-batches, over all ranks
+        self.n_random = round(cfg.random_share * self.n_micro * B)      # sequences
         for split in splits:
             path = os.path.join(self.dir, f'{split}.bin')
             n = os.path.getsize(path) / 2 if os.path.exists(path) else 0
-            want = self.meta.get(split, {}).get('tokens', n // 1)
+            want = meta.get(split, {}).get('tokens', n // 1)
             check(n == want, f"{path} has {n:.1f} tokens, not {want:.0f}: damaged or not uint16")
             check(n > T, f"{path} has {n:.0f} tokens, less than block_size + 1 = {T + 1}: prepare "
                          f"more text, or a larger --val_fraction")
             ids = np.memmap(path, dtype=np.uint16, mode='r')
+            check(meta or ids[1:1 << 16:2].any(), f"{path} holds 32-bit numbers, not uint16")
             self._check(ids[:1 << 20])      # a look at the beginning; every batch is checked too
-            check(self.meta or ids[1:1 << 16:2].any(), f"{path} holds 32-bit numbers, not uint16")
             setattr(self, split, ids)
+        n = (len(self.val) - 1) // T
+        k = min(cfg.eval_iters or n, n)
+        self.starts = np.arange(k) * n // k * T     # the first tokens of the validation windows
+
+    @functools.cached_property
+    def identity(self):
+        """What a run trains and is evaluated on: losses on unlike things are not compared."""
+        return {'train': digest([self.train]), 'val': digest([self.val]),
+                'windows': len(self.starts), 'block_size': self.T}
 
     def _check(self, ids):
         top = ids.max()
         check(top < self.vocab_size, f"{self.dir} holds token id {top}, the model has "
               f"{self.vocab_size} tokens: type prepare.py ... --tokenizer=MODEL")
 
-    def _to_device(self, rows):
-        """(B, T + 1) uint16 -> the tokens x and those that follow them y, (B, T) int64."""
+    def _to_device(self, rows, counts):
+        """rows (B, T + 1) uint16 -> the tokens x and those that follow them y, (B, T) int64; y is
+        -1 where counts, (B, 1) or (B, T), is False."""
         self._check(rows)
-        rows = torch.from_numpy(rows.astype(np.int64))
-        # contiguous, because a graph is compiled for its inputs' strides too
-        xy = [rows[:, :-1].contiguous(), rows[:, 1:].contiguous()]
+        rows = rows.astype(np.int64)
+        # copies that are contiguous, because a graph is compiled for its inputs' strides too
+        xy = [torch.from_numpy(z) for z in (rows[:, :-1].copy(), np.where(counts, rows[:, 1:], -1))]
         if self.device.startswith('cuda'):
             xy = [z.pin_memory() for z in xy]
         return [z.to(self.device, non_blocking=True) for z in xy]
 
     def batch(self, it, micro):
-        """Micro-batch `micro` of iteration it, counted over all ranks -> x, y."""
-        B, T = self.cfg.batch_size, self.cfg.block_size
+        """Micro-batch `micro` of iteration it, counted over all ranks -> x, y. The first n_random
+        sequences of an iteration are random ids, with targets of -1."""
+        B, T = self.cfg.batch_size, self.T
         rng = np.random.default_rng([self.cfg.seed, it])
-        starts = rng.integers(len(self.train) - T, size=self.cfg.batch_tokens // T)
-        return self._to_device(np.stack([self.train[s:s + T + 1] for s in starts[micro * B:][:B]]))
-
-    def starts(self):
-        """The first token of each validation window; together they predict each token once."""
-        n = math.ceil((len(self.val) - 1) / self.cfg.block_size)
-        k = min(self.cfg.eval_iters or n, n)
-        return np.arange(k) * n // k * self.cfg.block_size
+        starts = rng.integers(len(self.train) - T, size=self.n_micro * B)
+        noise = rng.integers(self.vocab_size, size=(self.n_random, T + 1), dtype=np.uint16)
+        here = np.arange(micro * B, (micro + 1) * B)
+        rows = [noise[i] if i < self.n_random else self.train[starts[i]:starts[i] + T + 1]
+                for i in here]
+        return self._to_device(np.stack(rows), (here >= self.n_random)[:, None])
 
     def windows(self):
-        """This rank's share of the validation windows: (number of the first, x, y).
+        """This rank's share of the validation windows, which are whole and do not overlap:
+        (number of the first, x, y).
 
-        y is -1 past the end, and at the first token of a window that prepare.py cut (meta's
-        `window`): what stands before it is another text.
+        In data that prepare.py cut into windows of this length, the last target of a window is the
+        first token of another text: it does not count.
         """
-        B, T, starts = self.cfg.batch_size, self.cfg.block_size, self.starts()
-        for i in range(RANK * B, len(starts), WORLD * B):
+        B, T = self.cfg.batch_size, self.T
+        for i in range(RANK * B, len(self.starts), WORLD * B):
             rows = np.zeros((B, T + 1), np.uint16)      # always B rows: one shape, one graph
-            pad = np.ones((B, T), bool)
-            for r, s in enumerate(starts[i:i + B]):
-                row = self.val[s:s + T + 1]
-                rows[r, :len(row)], pad[r, :len(row) - 1] = row, False
-                if window := self.meta.get('window'):
-                    pad[r] |= np.arange(s + 1, s + T + 1) % window == 0
-            x, y = self._to_device(rows)
-            yield i, x, y.masked_fill(torch.from_numpy(pad).to(self.device), -1)
+            counts = np.zeros((B, T), bool)
+            for row, start in enumerate(self.starts[i:i + B]):
+                rows[row], counts[row] = self.val[start:start + T + 1], True
+            if self.meta.get('window') == T:
+                counts[:, -1] = False
+            yield i, *self._to_device(rows, counts)
 
-    def identity(self):
-        """What a validation loss is measured on: losses on unlike things are not compared."""
-        return {'val_tokens': len(self.val), 'windows': len(self.starts()),
-                'val_sha256': hashlib.sha256(self.val).hexdigest()[:16],
-                'block_size': self.cfg.block_size}
+def digest(arrays):
+    """16 hex digits that stand for arrays (n,): of a large one, for 256 pieces spread over it."""
+    sha = hashlib.sha256()
+    for a in arrays:
+        sha.update(b'%d' % len(a))
+        for start in range(0, len(a), max(len(a) // 256, 1 << 16)):
+            sha.update(a[start:start + (1 << 16)])
+    return sha.hexdigest()[:16]
 
 def all_reduce(x):
     """The sum over ranks of a CPU tensor."""
@@ -422,11 +367,26 @@ def all_reduce(x):
         dist.all_reduce(x)
     return x
 
+@torch.no_grad()
+def validate(forward, data):
+    """-> (mean loss over the validation windows in nats per token, its standard error), alike on
+    all ranks. A window, not a token, is one draw: the losses within a text go together."""
+    table = torch.zeros(len(data.starts), 2, dtype=torch.float64)   # a window's loss, its tokens
+    for first, x, y in data.windows():
+        logits = forward(x)[0]
+        for i in range(min(len(x), len(table) - first)):    # all in float32 are too large
+            loss = F.cross_entropy(logits[i].float(), y[i], ignore_index=-1, reduction='sum')
+            table[first + i] = torch.stack((loss, (y[i] != -1).sum())).cpu()
+    (sums, n), k = all_reduce(table).T, len(table)
+    mean = sums.sum() / n.sum()
+    variance = (sums - mean * n).square().sum() * (k / (k - 1) if k > 1 else math.nan)
+    return mean.item(), (variance.sqrt() / n.sum()).item()
+
 # -----------------------------------------------------------------------------
 # Optimizer and step.
 
-def learning_rate(cfg, it):
-    """Linear warm-up, then cosine down to min_lr."""
+def get_lr(cfg, it):
+    """The learning rate: linear warm-up, then cosine down to min_lr."""
     if not cfg.decay_lr:
         return cfg.learning_rate
     if it < cfg.warmup_iters:
@@ -445,215 +405,233 @@ def make_optimizer(cfg, model):
               {'params': vectors, 'weight_decay': 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
-def step(cfg, it, model, raw, optimizer, batch, autocast):
-    """One iteration -> (this rank's part of the mean loss, the gradient's norm, stds).
+def divergence(teacher, x, logits):
+    """KL(teacher || model) in nats, the mean over all tokens: x (B, T), logits (B, T, vocab)."""
+    with torch.no_grad():
+        wanted = teacher(x)[0].float().log_softmax(-1)
+    return (wanted.exp() * (wanted - logits.float().log_softmax(-1))).sum(-1).mean()
 
-    model: raw, compiled or wrapped. stds: the last micro-batch's, (B, T) for each LN. Micro-batches
-    are dealt to the ranks in turn; a rank that has none left computes one that does not count.
+def step(cfg, it, model, raw, optimizer, data, autocast, distil=None):
+    """One iteration -> (this rank's part of the mean cross-entropy and KL (2,), the gradient's
+    norm, stds).
+
+    model: raw, compiled or wrapped. distil(x, logits): divergence() from the teacher, if there is
+    one. stds: the last micro-batch's, (B, T) for each LN. Ranks take micro-batches in turn; a rank
+    with none left computes one with weight 0.
     """
-    n, total = cfg.n_micro, 0.0
+    B, n, totals = cfg.batch_size, data.n_micro, 0
     raw.train()
     for group in optimizer.param_groups:
-        group['lr'] = learning_rate(cfg, it)
+        group['lr'] = get_lr(cfg, it)
     for first in range(0, n, WORLD):
         micro = first + RANK
-        counts = 1 / n if micro < n else 0.0
-        x, y = batch(it, micro % n)
+        share = 1 / n if micro < n else 0.0     # of the iteration's sequences, and of those with
+        told = min(max((micro + 1) * B - data.n_random, 0), B)      # targets, in this micro-batch
+        told = told / (n * B - data.n_random) if micro < n else 0.0
+        x, y = data.batch(it, micro % n)
         if cfg.dropout:     # a stream for each micro-batch: resuming needs no generator's state
             torch.manual_seed(((cfg.seed * 1_000_003 + it) * 1_000_003 + micro) % 2 ** 63)
         if WORLD > 1:       # reduce the gradients once an iteration, in the last micro-step
             model.require_backward_grad_sync = first + WORLD >= n
         with autocast:
-            _, loss, stds = model(x, y, return_stds=True)
-            total = total + loss.detach() * counts
+            logits, loss, stds = model(x, y, return_stds=True)
+            kl = distil(x, logits) if distil else torch.zeros_like(loss)
+            totals = totals + torch.stack((loss.detach() * told, kl.detach() * share))
+            loss = loss * told
+            if distil:
+                loss = (1 - cfg.distil) * loss + cfg.distil * share * kl
             if cfg.remove_ln and cfg.aux_loss_weight:
-                loss = loss + cfg.aux_loss_weight * spread(stds[-1], raw.kinds(x) == TOKEN)
-        (loss * (counts * WORLD)).backward()        # DDP takes the mean over ranks; we want the sum
+                loss = loss + share * cfg.aux_loss_weight * spread(stds[-1], raw.kinds(x) == TOKEN)
+        (loss * WORLD).backward()       # DDP takes the mean over ranks; we want the sum
     norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total, norm, stds
+    return totals, norm, stds
 
 # -----------------------------------------------------------------------------
 # The run, as a page.
 
 def train(cfg):
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask_to_stop)
-    device, autocast, dtype, compiled = start_machine(cfg)
-    r = on_all_ranks(prepare_run, cfg, device)
-    on_all_ranks(claim_out_dir if RANK == 0 else id, r)
-    raw, data = r.raw.to(device), r.data
-    optimized = partial(torch.compile, fullgraph=True, disable=not compiled)
+    # each process checks all that it needs, alone; then they meet; then rank 0 writes
+    device, autocast, dtype, compiled = find_machine(cfg)
+    raw, data, teacher, ckpt, files = open_all(cfg, device)
+    state = {'iter': 0, 'train_guard': (math.inf, -1), 'val_guard': (math.inf, -1),
+             'base': Path(cfg.init_from).name if os.path.exists(cfg.init_from) else cfg.init_from,
+             'run': os.urandom(4).hex(), 'on': data.identity, 'log_bytes': 0}
+    state |= {key: ckpt[key] for key in state if ckpt}
+    if WORLD > 1:
+        join_processes('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+        agree(cfg, data, [m for m in (teacher, raw) if m and (m is teacher or state['iter'])])
+    raw = raw.to(device)
+    optimized = functools.partial(torch.compile, fullgraph=True, disable=not compiled)
     # two graphs: this one, without dropout, evaluates and measures; the other trains
-    r.forward = autocast(optimized(partial(raw, return_stds=True)))
+    forward = autocast(optimized(functools.partial(raw, return_stds=True)))
     model = optimized(raw)
+    distil = teacher and optimized(functools.partial(divergence, teacher.to(device)))  # a third
     if WORLD > 1:       # gates and constants are set alike on all ranks: no buffers to broadcast
         warnings.filterwarnings('ignore', message='.*broadcast_buffers')    # torch 2.11's only name
         model = torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[LOCAL_RANK] if device.startswith('cuda') else None,
             broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = make_optimizer(cfg, raw)
-    if r.resumed:
-        optimizer.load_state_dict(r.resumed)
-        r.resumed = None
+    if ckpt:
+        optimizer.load_state_dict(ckpt['optimizer'])
+    if RANK == 0:
+        claim_out_dir(cfg, state, files)
+        if not ckpt:        # proves that it can be written; from now on the run can be resumed
+            save(cfg, raw, optimizer, state)
     print0(f"{raw.num_params():,} parameters, ln_mode {raw.config.ln_mode!r}, on {WORLD} x "
            f"{device.split(':')[0]} in {dtype}{', compiled' * compiled}; "
            f"{cfg.batch_tokens:,} tokens an iteration")
-    if r.start == 0:
-        evaluate(r, 0)
-        if cfg.remove_ln:       # a look at the giant vector, and at what the schedule will do to it
-            print0('\n'.join(warnings_of(r.events, cfg, log_ratios(r, 0))))
-    bad = torch.full((), -1, device=device)     # the iteration of the first gradient not finite
-    t0 = then = time.time()
-    logged, high = r.start, False
-
-    for it in range(r.start, cfg.max_iters):
-        # what the schedule has for this iteration
+    start = logged = state['iter']
+    if start == 0:
+        loss = evaluate(cfg, 0, forward, raw, data)
+        if cfg.init_from != 'scratch' and loss > math.log(data.vocab_size):
+            print0("warning: that is worse than chance: is this data of this model's tokenizer?")
         if cfg.remove_ln:
-            batches = (data.batch(it, micro) for micro in range(RANK, cfg.n_micro, WORLD))
-            measured = partial(measure, r.forward, raw, batches)
-            for event in apply_schedule(r.events, cfg, it, raw, measured):
-                log(r, **event)
+            warn_of_steep_steps(cfg, log_giant(cfg, 0, forward, raw, data))
+    t0 = then = time.time()
+
+    with stop_signals() as asked:
+        for it in range(start, cfg.max_iters):
+            # what the schedule has for this iteration
+            batches = (data.batch(it, micro) for micro in range(RANK, data.n_micro, WORLD))
+            measured = functools.partial(measure, forward, raw, batches)
+            for event in set_gates(cfg, it, raw, measured):
+                log(cfg, **event)
                 print0(f"iter {it:>6} | {event['event']} {event.get('site') or event['kind']:<12}"
                        + ''.join(f" {k} {std:.3f}" for k, std in event.get('std', {}).items()))
 
-        # a step. Nothing here waits for the device, except in an iteration that is logged
-        loss, norm, stds = step(cfg, it, model, raw, optimizer, data.batch, autocast)
-        bad = torch.where((bad < 0) & ~norm.isfinite(), it, bad)
-        done = it + 1
-        if it % cfg.log_interval == 0 or done == cfg.max_iters:
-            r.losses.append((it, all_reduce(loss.cpu().double()).item()))
-            high = guard(r, done, bad.item(), r.losses)
-            now = time.time()
-            speed = (done - logged) * cfg.batch_tokens / max(now - then, 1e-9)
-            progress(r, it, speed, (now - t0) / (done - r.start) * (cfg.max_iters - done))
-            then, logged = now, done
+            # a step. Nothing here waits for the device, except in an iteration that is logged
+            losses, norm, stds = step(cfg, it, model, raw, optimizer, data, autocast, distil)
+            done = state['iter'] = it + 1
+            if it % cfg.log_interval == 0 or done == cfg.max_iters:
+                loss, kl = all_reduce(losses.cpu().double()).tolist()
+                state['train_guard'] = guard(cfg, it, loss, *state['train_guard'])
+                now = time.time()
+                speed = (done - logged) * cfg.batch_tokens / max(now - then, 1e-9)
+                left = (now - t0) / (done - start) * (cfg.max_iters - done)
+                progress(cfg, it, raw, loss, {'kl': kl} if teacher else {}, speed, left)
+                then, logged = now, done
 
-        # evaluate and save: the model as this iteration left it
-        due = done % cfg.eval_interval == 0 or done == cfg.max_iters
-        stop = len(ASKED) if WORLD == 1 else all_reduce(torch.tensor(len(ASKED))).item()
-        if due:
-            t = time.time()
-            evaluate(r, done)
-            high |= guard(r, done, bad.item(), r.vals)
-            then += time.time() - t
-        if due and not stop and high:
-            print0("not saved: the loss is far above its level, and the last checkpoint is better")
-        elif (due or stop) and RANK == 0:
-            save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), iter=done,
-                            base=r.base, config=asdict(cfg), on=r.identity, losses=r.losses,
-                            vals=r.vals, log_bytes=os.path.getsize(r.log_path))
-        if stop and done < cfg.max_iters:
-            if RANK == 0:
-                print(f"train.py: stopped and saved after iteration {it}; go on with the same "
-                      f"command and --init_from=resume", file=sys.stderr)
-            sys.exit(128 + (ASKED[0][0] if ASKED else signal.SIGTERM))
+            # evaluate and save: the model as this iteration left it
+            due = done % cfg.eval_interval == 0 or done == cfg.max_iters
+            stop = all_reduce(torch.tensor(len(asked))).item()
+            if due:
+                t = time.time()
+                loss = evaluate(cfg, done, forward, raw, data)
+                state['val_guard'] = guard(cfg, it, loss, *state['val_guard'])
+                then += time.time() - t
+            if due or stop:
+                low = state['train_guard'][1] == state['val_guard'][1] == -1
+                if norm.isfinite() and (low or stop):
+                    save(cfg, raw, optimizer, state)
+                else:
+                    print0("not saved: the last checkpoint is better than this")
+            if stop and done < cfg.max_iters:
+                print0(f"train.py: stopped and saved after iteration {it}; go on with the same "
+                       f"command and --init_from=resume", sys.stderr)
+                sys.exit(128 + (asked or [signal.SIGTERM])[0])
 
     if cfg.remove_ln:
-        log_ratios(r, cfg.max_iters)
+        log_giant(cfg, cfg.max_iters, forward, raw, data)
     if RANK == 0:
-        hand_over(r)
+        hand_over(cfg, raw, data, files, state['base'])
 
 @command
 def main(argv):
     cfg = load_config(argv)
     check_config(cfg)
-    if RESTARTS != '0' and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
-        cfg.init_from = 'resume'        # torchrun started us anew, because a worker died
-    ASKED.clear()
-    compare(cfg) if cfg.eval_only else train(cfg)
+    try:
+        evaluate_only(cfg) if cfg.eval_only else train(cfg)
+    except (RuntimeError, MemoryError) as e:
+        check(not trouble(e), f"{trouble(e)}: try a smaller --batch_size, "
+                              f"--gradient_checkpointing=True or --compile=False")
+        raise
+
+def evaluate_only(cfg):
+    """Prints the loss of init_from over val.bin. Writes nothing."""
+    check(cfg.init_from != 'scratch', "nothing to evaluate: type --init_from=MODEL")
+    device, autocast, dtype, compiled = find_machine(cfg)
+    meta = read_meta(cfg.dataset)
+    raw = load_model(cfg, meta)[0]
+    data = Data(cfg, meta, raw.config, device, ['val'])
+    if WORLD > 1:
+        join_processes()
+    forward = autocast(torch.compile(raw.to(device).eval(), fullgraph=True, disable=not compiled))
+    mean, error = validate(forward, data)
+    check(math.isfinite(mean), f"{cfg.init_from} gives NaN or infinite logits")
+    print0(f"val loss {mean:.4f} nats per {data.noun}, standard error {error:.4f}; "
+           f"{data.dir}/val.bin, {len(data.starts):,} windows of {data.T}, {dtype}")
 
 # -----------------------------------------------------------------------------
-# Starting: the machine, the model, the place to write.
+# Starting: the machine, the model and its data, the place to write.
 
-def start_machine(cfg):
-    """Joins the process group -> (device, autocast, its dtype by name, whether to compile)."""
-    kind, _, number = cfg.device.partition(':')
-    if kind == 'auto':
-        kind = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if WORLD > 1:
-        # a worker that torchrun --max_restarts starts anew would find dead ones' addresses in the
-        # store (github.com/pytorch/pytorch/issues/135712): a prefix keeps the generations apart
-        store, rank, world = next(dist.rendezvous('env://'))
-        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', rank=rank,
-                                world_size=world, store=dist.PrefixStore(RESTARTS, store))
-        atexit.register(gc.collect)     # a DDP that outlives the group makes torch 2.11 abort
-        atexit.register(dist.destroy_process_group)
-    device, native = cfg.device if number else kind, False
+def find_machine(cfg):
+    """-> (device, autocast, its dtype by name, whether to compile)."""
+    device = cfg.device
+    if device in ('auto', 'cuda') and torch.cuda.is_available():
+        wanted, n = int(os.environ.get('LOCAL_WORLD_SIZE', WORLD)), torch.cuda.device_count()
+        check(wanted <= n or WORLD == 1, f"{wanted} processes for {n} GPUs: type "
+                                         f"--nproc_per_node={n}")
+        device = f'cuda:{LOCAL_RANK}'
+    device, native = 'cpu' if device == 'auto' else device, False
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:     # what torch says of a device that is not here
+        raise UserError(f"device is {cfg.device!r}; type --device=auto ({one_line(e)})")
+    kind = device.split(':')[0]
     if kind == 'cuda':
-        number, n = int(number or LOCAL_RANK), torch.cuda.device_count()
-        check(number < n, f"process {LOCAL_RANK} has no GPU {number}: type --nproc_per_node={n}")
-        device, native = f'cuda:{number}', torch.cuda.get_device_capability(number)[0] >= 8
+        native = torch.cuda.get_device_capability(device)[0] >= 8
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')      # TF32 for what autocast leaves in float32
+        # TF32 for what autocast leaves in float32; an evaluation is exact
+        torch.set_float32_matmul_precision('highest' if cfg.eval_only else 'high')
     dtype = cfg.dtype if cfg.dtype != 'auto' else 'bfloat16' if native else 'float32'
     autocast = torch.autocast(kind, torch.bfloat16, enabled=dtype == 'bfloat16')
     return device, autocast, dtype, kind == 'cuda' if cfg.compile is None else cfg.compile
 
-def on_all_ranks(fn, *args):
-    """fn(*args) on each rank. If one cannot, all exit with 2, and the first of them says why."""
-    result = error = None
-    try:
-        result = fn(*args)
-    except Exception as e:
-        error = trouble(e)
-        if error is None:
-            raise
-    errors = [error]
-    if WORLD > 1:
-        errors = [None] * WORLD
-        dist.all_gather_object(errors, error)
-    failed = [rank for rank, e in enumerate(errors) if e]
-    if failed and failed[0] != RANK:
-        sys.exit(2)
-    check(not failed, error)
-    return result
-
-def prepare_run(cfg, device):
-    """Checks all the input, before a file is written -> what the functions below call r."""
-    data = Data(cfg, device)
-    raw, ckpt, files = load_model(cfg, data)
-    raw.gradient_checkpointing = cfg.gradient_checkpointing
-    data.open(raw.config.vocab_size, ['train', 'val'])
-    for name in ['ckpt.pt'] + ['hf'] * cfg.remove_ln:
+def open_all(cfg, device):
+    """Opens and checks all the input -> (model, data, teacher or None, the checkpoint to resume or
+    None, the files to hand over with the model)."""
+    meta, teacher = read_meta(cfg.dataset), None
+    raw, ckpt, files = load_model(cfg, meta)
+    data, size = Data(cfg, meta, raw.config, device), raw.config.vocab_size
+    for name in ['ckpt.pt', 'hf'] if cfg.remove_ln else ['ckpt.pt']:
         path = os.path.join(cfg.out_dir, name)
         check(ckpt or not os.path.exists(path), f"{path} is of another run: go on with it by "
               f"--init_from=resume, or choose another --out_dir")
-    n = cfg.batch_size * cfg.block_size
+    n = cfg.batch_size * data.T
     check(cfg.batch_tokens % n == 0, f"batch_tokens is {cfg.batch_tokens}; expected a multiple of "
           f"batch_size * block_size: type --batch_tokens={max(cfg.batch_tokens // n, 1) * n}")
-    events = schedule(cfg, raw.config.n_layer) if cfg.remove_ln else []
-    if cfg.remove_ln:
-        check_schedule(events, cfg, {} if ckpt else {k: g.item() for k, g in raw.sites().items()})
-    base = cfg.init_from        # a path is nobody's business
-    base = os.path.basename(os.path.abspath(base)) if os.path.exists(base) else base
-    r = SimpleNamespace(cfg=cfg, data=data, raw=raw, files=files, events=events, base=base,
-                        identity=data.identity(), log_path=os.path.join(cfg.out_dir, 'log.jsonl'),
-                        start=0, log_bytes=0, losses=[], vals=[], resumed=None)
+    check(data.n_random < cfg.batch_tokens // data.T,
+          f"random_share={cfg.random_share} leaves no sequence of the data: lower it")
+    if cfg.teacher:
+        teacher = GPT2.from_pretrained(cfg.teacher).eval().requires_grad_(False)
+        n, T = teacher.config.vocab_size, teacher.config.block_size
+        check(n == size and T >= data.T, f"teacher={cfg.teacher} has {n} tokens and a context of "
+              f"{T}; expected the model's {size}, and at least {data.T}")
     if cfg.control:
         on = read_log(cfg.control, 'eval')[-1].get('on')
-        check(on == r.identity, f"control={cfg.control} was evaluated on {on}, not on "
-                                f"{r.identity}: give both runs the same data and windows")
+        check(on == data.identity, f"control={cfg.control} is of {on}, not of {data.identity}: "
+                                   f"give both runs the same data and windows")
     if ckpt:
-        check_resume(r, ckpt)
-        r.base, r.start, r.log_bytes = ckpt['base'], ckpt['iter'], ckpt['log_bytes']
-        r.losses, r.vals, r.resumed = ckpt['losses'], ckpt['vals'], ckpt['optimizer']
-    return r
+        check_resume(cfg, ckpt, data, raw.config.n_layer)
+    elif cfg.remove_ln:
+        check_schedule(cfg, raw)
+    return raw, data, teacher, ckpt, files
 
-def load_model(cfg, data):
-    """-> (the model, the checkpoint to resume or None, tokenizer files). Sets cfg.block_size."""
-    source, ckpt, own = cfg.init_from, None, {}
+def load_model(cfg, meta):
+    """-> (model, the checkpoint to resume or None, {name: bytes} of what goes with the model)."""
+    source, ckpt, n = cfg.init_from, None, meta.get('vocab_size')
     mode = 'fake' if cfg.remove_ln else cfg.ln_mode if 'ln_mode' in cfg.given else None
+    folder = os.path.join('data', cfg.dataset, 'tokenizer')
+    files = companions(folder) if os.path.isdir(folder) else {}     # for a model that brings none
     if source == 'scratch':
-        vocab_size = cfg.vocab_size or data.meta.get('vocab_size', 0)
-        check(vocab_size, f"{data.dir} has no meta.json that tells its vocabulary: type "
-                          f"--vocab_size=50257 if these are GPT-2's tokens")
+        check(cfg.vocab_size or n, f"data/{cfg.dataset} has no meta.json that tells its vocabulary:"
+                                   f" type --vocab_size=50257 if these are GPT-2's tokens")
         torch.manual_seed(cfg.seed)
-        model = GPT2(GPT2Config(cfg.block_size, vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
-                                cfg.dropout, mode or cfg.ln_mode))
-        if data.meta.get('eot') is None and (data.meta or vocab_size < 50257):  # no end-of-text
-            model.config.hf = {'bos_token_id': None, 'eos_token_id': None}
+        model = GPT2(GPT2Config(cfg.block_size, cfg.vocab_size or n, cfg.n_layer, cfg.n_head,
+                                cfg.n_embd, cfg.dropout, mode or cfg.ln_mode))
     elif source == 'resume':
         source, ckpt = cfg.out_dir, load_checkpoint(cfg.out_dir)
         check('on' in ckpt, f"{source}/ckpt.pt is no run's: type --init_from={source}")
@@ -661,108 +639,133 @@ def load_model(cfg, data):
     else:
         model = GPT2.from_pretrained(source, mode, cfg.dropout)
     if source != 'scratch':
-        fixed = {'n_layer', 'n_head', 'n_embd', 'vocab_size', *['block_size'] * bool(ckpt)}
-        for key in fixed & cfg.given:
+        for key in {'n_layer', 'n_head', 'n_embd', 'vocab_size'} & cfg.given:
             want, has = getattr(cfg, key), getattr(model.config, key)
             check(want in (has, 0), f"{key} is {want}, but {source} has {has}: leave {key} out")
         if 'block_size' in cfg.given:
             model.crop_block_size(cfg.block_size)
-        cfg.block_size, own = model.config.block_size, companions(source)
-        check_tokenizer(data, model.config.vocab_size, vocabulary(own), source)
-    if data.meta.get('eot') is not None:
-        model.config.eot_token_id = data.meta['eot']
-    # a model that brings no tokenizer is handed over with that of its data
-    return model, ckpt, own if vocabulary(own) else data.tokenizer_files() | own
+        size, own = model.config.vocab_size, companions(source)
+        # some pad the vocabulary to a multiple of 64 or 128, or add tokens of their own
+        check(not n or n <= size < n + 128, f"data/{cfg.dataset} has {n} tokens of the tokenizer "
+              f"{meta.get('tokenizer')!r}, {source} has {size}: type prepare.py ... "
+              f"--tokenizer={source}")
+        files = own if {'tokenizer.json', 'vocab.json'} & own.keys() else files | own
+    if meta.get('eot') is not None:
+        model.config.eot_token_id = meta['eot']
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    return model, ckpt, files
 
-def check_tokenizer(data, vocab_size, vocab, source):
-    """Raises UserError if the data is not of the model's tokenizer; vocab {token: id}, or None."""
-    n, theirs = data.meta.get('vocab_size'), data.meta.get('vocab_hash')
-    if vocab and theirs:
-        fits = fingerprint(vocab, n) == theirs
-    else:       # some pad the vocabulary to a multiple of 64 or 128, or add tokens of their own
-        fits = not n or n <= vocab_size and (vocab_size < n + 128 or data.tokenizer == 'unknown')
-    check(fits, f"{data.dir} has {n} tokens of the tokenizer {data.tokenizer!r}, which is not that "
-                f"of {source} with {vocab_size}: type prepare.py ... --tokenizer={source}")
+def check_schedule(cfg, model):
+    """Raises UserError for a schedule that cannot run, or not on this model."""
+    before, end, ever = (gates(cfg, it, model.config.n_layer)
+                         for it in (-1, cfg.max_iters - 1, 10 ** 9))
+    check(any(ever[site] for site in model.sites()), "remove_ln=True, but every start_ key is -1")
+    for name in ever:
+        check(end[name] == ever[name], f"{name} ends with a gate of {end[name]:.2f} at max_iters="
+              f"{cfg.max_iters}: change that, taper_iters or start_")
+        check(name in KINDS or before[name] == 0, f"{name} would begin to go before iteration 0")
+    for site, gate in model.sites().items():
+        check(gate in (0, 1), f"init_from={cfg.init_from} stopped while {site} faded: resume it")
+        check(gate == 0 or not ever[site], f"{site} has no LayerNorm in init_from={cfg.init_from}: "
+                                           f"set its start_ to -1")
 
-def check_resume(r, ckpt):
+def check_resume(cfg, ckpt, data, n_layer):
     """Raises UserError if the run so far was not one of this config; notes the keys that differ."""
-    cfg, it = r.cfg, ckpt['iter']
-    old = Config(**{k: v for k, v in ckpt['config'].items() if k in KEYS})
-    past, now = [[(*e, c.taper_iters) for e in schedule(c, r.raw.config.n_layer)
-                  if c.remove_ln and e[0] < it] for c in (old, cfg)]
-    check(past == now, f"the schedule until iteration {it} was another, see "
-          f"{sorted({*past} ^ {*now})[:2]}: give the run's remove_ln, start_, gap_ and taper_ keys")
-    check(it <= cfg.max_iters, f"max_iters={cfg.max_iters} is over: type --max_iters={it} or more")
+    done, old = ckpt['iter'], Config(**{k: v for k, v in ckpt['config'].items() if k in KEYS})
+    for it in range(done):
+        past, now = gates(old, it, n_layer), gates(cfg, it, n_layer)
+        differ = [name for name in past | now if past.get(name) != now.get(name)]
+        check(not differ, f"the schedule of iteration {it} was another for {differ[:3]}: give the "
+                          f"run's remove_ln, start_, gap_ and taper_ keys")
     other = f"or begin another run with --init_from={cfg.out_dir}"
-    check(ckpt['on'] == r.identity, f"this run is evaluated on {ckpt['on']}, not on {r.identity}: "
-                                    f"put the data and eval_iters back, {other}")
-    size = os.path.getsize(r.log_path) if os.path.exists(r.log_path) else 0
-    check(size >= ckpt['log_bytes'], f"{r.log_path} is shorter than ckpt.pt says: put it back, "
+    check(done <= cfg.max_iters, f"{done} iterations are done: type --max_iters={done} or more")
+    check(ckpt['on'] == data.identity, f"this run is of {ckpt['on']}, not of {data.identity}: put "
+                                       f"the data and windows back, {other}")
+    size = os.path.getsize(log_path(cfg)) if os.path.exists(log_path(cfg)) else 0
+    check(size >= ckpt['log_bytes'], f"{log_path(cfg)} is shorter than ckpt.pt says: put it back, "
                                      f"{other}")
     for key, value in asdict(old).items():
         if value != getattr(cfg, key) and key not in ('init_from', 'out_dir'):
             print0(f"note: {key} was {value!r} in the checkpoint, now it is {getattr(cfg, key)!r}")
 
-def claim_out_dir(r):
-    """On rank 0: makes sure, before the work, that out_dir can be written, and begins to write."""
-    cfg, out_dir = r.cfg, r.cfg.out_dir
+def agree(cfg, data, loaded):
+    """Raises UserError unless all ranks have the same config, data and loaded models."""
+    weights = [digest(p.detach().flatten().numpy() for p in m.parameters()) for m in loaded]
+    facts, everyone = (repr(cfg), repr(data.identity), repr(weights)), [None] * WORLD
+    dist.all_gather_object(everyone, facts)
+    for rank, theirs in enumerate(everyone):
+        differ = [name for name, a, b in zip(('config', 'data', 'model'), theirs, everyone[0])
+                  if a != b]
+        check_together(not differ, f"process {rank} has another {' and '.join(differ)} than "
+                                   f"process 0: give all machines the same")
+
+def check_together(ok, message):
+    """check() of what all ranks find alike: rank 0 tells."""
+    if not ok and RANK > 0:
+        sys.exit(2)
+    check(ok, message)
+
+def claim_out_dir(cfg, state, files):
+    """Begins to write to out_dir, and to wandb."""
     if cfg.wandb_log:
-        import wandb
-        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or out_dir,
-                   config=asdict(cfg))
-    os.makedirs(os.path.realpath(out_dir), exist_ok=True)      # also where a link leads nowhere
-    r.lock = open(os.path.join(out_dir, '.lock'), 'w')
-    try:
-        if fcntl:           # the system lets go of the lock however this process ends
-            fcntl.flock(r.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is writing to {out_dir}: choose another --out_dir, or wait")
-    except OSError as e:    # some file systems have no locks
-        print0(f"note: {out_dir} cannot be locked ({e.strerror}): let no other run write there")
-    need = 40 * r.raw.num_params()          # two checkpoints with moments, and hf/
-    disk = shutil.disk_usage(out_dir)       # some file systems say 0 of 0
-    check(disk.free > need or not disk.total,
-          f"{out_dir} has {disk.free / 1e9:.1f} GB left, this run needs {need / 1e9:.1f}")
-    probe(r.log_path)
-    tokenizer = os.path.join(out_dir, 'tokenizer')
-    if os.path.exists(r.log_path) and not r.resumed:    # of a run that never saved
-        shutil.rmtree(tokenizer, ignore_errors=True)
-    with open(r.log_path, 'a') as f:
-        f.truncate(r.log_bytes)             # what came later will happen again
-    for name, content in r.files.items():
-        write(os.path.join(tokenizer, name), content)
+        try:
+            import wandb
+            wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir,
+                       config=asdict(cfg), id=state['run'], resume='allow')
+        except Exception as e:      # no package, no login, no network
+            raise UserError(f"wandb: {one_line(e)}: pip install wandb, set WANDB_MODE=offline, or "
+                            f"leave out --wandb_log")
+    os.makedirs(os.path.realpath(cfg.out_dir), exist_ok=True)   # also where a link leads nowhere
+    for name, content in files.items():
+        write(os.path.join(cfg.out_dir, 'tokenizer', name), content)
+    with open(log_path(cfg), 'a') as f:
+        f.truncate(state['log_bytes'])      # what came later will happen again
 
 # -----------------------------------------------------------------------------
 # On the way: what is printed and logged, and what goes wrong in a night.
 
-ASKED = []      # (signal, time) of what asked the run to stop
+@contextlib.contextmanager
+def stop_signals():
+    """Yields the list of signals received so far; each asks the run to finish the iteration and
+    save. A second Ctrl-C, later, stops at once. Afterwards the old handlers are back."""
+    asked, old, t0 = [], {}, time.time()
 
-def ask_to_stop(number, frame):
-    """SIGTERM and Ctrl-C finish the iteration and save. A second Ctrl-C, later, stops at once."""
-    # torchrun passes a Ctrl-C on, so that two come within a moment
-    if number == signal.SIGINT and ASKED and time.time() - ASKED[0][1] > 1:
-        raise KeyboardInterrupt
-    ASKED.append((number, time.time()))
+    def ask(number, frame):
+        nonlocal t0     # torchrun passes a Ctrl-C on, so that two come within a moment
+        if number == signal.SIGINT and asked and time.time() - t0 > 1:
+            raise KeyboardInterrupt
+        t0 = t0 if asked else time.time()
+        asked.append(number)
+    # what terminals, kill and schedulers send; nohup and & ignore some, and so do we
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            with contextlib.suppress(ValueError):       # in a thread: without
+                old[number] = signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
-def print0(text):
-    """Prints on rank 0. A terminal that was closed costs nothing."""
-    with suppress(OSError):
-        if RANK == 0 and text:
-            print(text, flush=True)
+def print0(text, file=None):
+    """Prints on rank 0. A closed terminal must not end the run."""
+    with contextlib.suppress(OSError):
+        if RANK == 0:
+            print(text, file=file, flush=True)
 
-def log(r, **entry):
+def log_path(cfg):
+    return os.path.join(cfg.out_dir, 'log.jsonl')
+
+def log(cfg, **entry):
     """Appends a JSON object to log.jsonl, on rank 0."""
     if RANK == 0:
-        with open(r.log_path, 'a') as f:
+        with open(log_path(cfg), 'a') as f:
             f.write(json.dumps(entry) + '\n')
-        if r.cfg.wandb_log:
+        if cfg.wandb_log:
             import wandb
-            try:
-                wandb.log({f"{entry['event']}/{k}": v for k, v in entry.items()
-                           if type(v) in (int, float)}, step=entry['iter'])
-            except Exception as e:      # a network that fails at night must not end the run
-                r.cfg.wandb_log = False
-                print0(f"note: wandb failed, and is left alone from now on ({one_line(e)})")
+            wandb.log({f"{entry['event']}/{k}": v for k, v in entry.items()
+                       if type(v) in (int, float)}, step=entry['iter'])
 
 def read_log(out_dir, event):
     """A run's entries of an event. Raises UserError if log.jsonl is damaged or has none."""
@@ -775,269 +778,155 @@ def read_log(out_dir, event):
     check(entries, f"{path} has no {event!r} entry: expected the log of a finished run")
     return entries
 
+def save(cfg, raw, optimizer, state):
+    if RANK == 0:
+        state['log_bytes'] = os.path.getsize(log_path(cfg))
+        save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), config=asdict(cfg),
+                        **state)
+
 # dense bf16 peaks in FLOPs a second, by the datasheets
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'RTX 4090': 165e12}
 
-def progress(r, it, speed, seconds):
+def progress(cfg, it, raw, loss, more, speed, seconds):
     """Logs and prints a step: its loss, `speed` in tokens a second, the seconds until the end."""
-    loss, lr = r.losses[-1][1], learning_rate(r.cfg, it)
-    gpu = torch.cuda.get_device_name() if r.data.device.startswith('cuda') else ''
-    peaks = [flops * WORLD for name, flops in PEAK.items() if name in gpu]
-    mfu = {'mfu': speed * r.raw.flops_per_token() / peaks[0]} if peaks else {}
-    log(r, event='train', iter=it, loss=loss, lr=lr, tok_per_s=round(speed, 1), **mfu)
+    gpu, lr = torch.cuda.get_device_name() if raw.wte.weight.is_cuda else '', get_lr(cfg, it)
+    for peak in [flops * WORLD for name, flops in PEAK.items() if name in gpu][:1]:
+        more = more | {'mfu': speed * raw.flops_per_token() / peak}
+    log(cfg, event='train', iter=it, loss=loss, lr=lr, tok_per_s=round(speed, 1), **more)
     print0(f"iter {it:>6} | loss {loss:.4f} | lr {lr:.2e} | {speed:>11,.0f} tok/s"
-           + (f" | mfu {mfu['mfu']:6.1%}" if mfu else '')
-           + (f" | LN sites left {len(r.raw.sites_left()):>3}" if r.cfg.remove_ln else '')
+           + ''.join(f" | {name} {value:.4f}" for name, value in more.items())
+           + (f" | LN sites left {len(raw.sites_left()):>3}" if cfg.remove_ln else '')
            + f" | {timedelta(seconds=int(seconds))} left")
 
-def evaluate(r, it):
+def evaluate(cfg, it, forward, raw, data):
     """The validation loss after `it` iterations, logged."""
-    r.raw.eval()
-    loss = np.nanmean(token_losses(r.forward, r.data)[0], dtype=np.float64).item()
-    r.vals.append((it, loss))
-    log(r, event='eval', iter=it, val_loss=loss, tokens=it * r.cfg.batch_tokens,
-        dataset=r.cfg.dataset, on=r.identity)
-    print0(f"iter {it:>6} | val loss {loss:.4f} nats per {r.data.noun}")
+    raw.eval()
+    loss, _ = validate(forward, data)
+    log(cfg, event='eval', iter=it, val_loss=loss, tokens=it * cfg.batch_tokens,
+        dataset=cfg.dataset, on=data.identity)
+    print0(f"iter {it:>6} | val loss {loss:.4f} nats per {data.noun}")
+    return loss
 
-def log_ratios(r, it):
+def guard(cfg, it, loss, level, since):
+    """-> (the lowest loss so far; the iteration since when the loss is guard_nats above it, or -1).
+
+    Raises UserError if the run has diverged. A spike may pass while there is time to recover; what
+    is high at the end is neither saved nor handed over.
+    """
+    level = min(level, loss)
+    if loss <= level + (cfg.guard_nats or math.inf):
+        return level, -1
+    since = it if since < 0 else since
+    over = it + 1 == cfg.max_iters or it + 1 - since >= cfg.guard_patience
+    check_together(math.isfinite(loss) and not over, f"diverged: since iteration {since} the loss, "
+                   f"{loss:.4f} now, is not within guard_nats={cfg.guard_nats:g} of its lowest, "
+                   f"{level:.4f}; {cfg.out_dir}/ckpt.pt is of before. Try a longer taper_iters, "
+                   f"wider gaps, more iterations or a lower rate")
+    return level, since
+
+NAMES = {'bos': 'position 0', 'eot': 'end-of-text'}
+STEEP, GIANT = 5, 10    # a growth in one iteration, and a std left at the end, that are told
+
+def log_giant(cfg, it, forward, raw, data):
     """{kind: {LN: its std, times the ordinary one}}, measured on the validation windows; logged."""
-    stds = measure(r.forward, r.raw, ((x, y) for _, x, y in r.data.windows()))
+    stds = measure(forward, raw, ((x, y) for _, x, y in data.windows()))
     times = (stds / stds[:, TOKEN:TOKEN + 1]).T.tolist()
-    ratios = {KINDS[k]: dict(zip(r.raw.layernorms(), times[k])) for k in (BOS, EOT)}
-    log(r, event='giant', iter=it, **ratios)
+    ratios = {KINDS[k]: dict(zip(raw.layernorms(), times[k])) for k in (BOS, EOT)}
+    log(cfg, event='giant', iter=it, **ratios)
     return ratios
 
-def guard(r, done, bad, losses):
-    """Raises UserError if the run has diverged -> whether the loss is too high to be saved.
-
-    bad: the iteration of the first gradient that was not finite, or -1. losses: [(iteration, loss)]
-    of training, or of validation. A spike may pass while there is time to recover; what is high at
-    the end is neither saved nor handed over.
-    """
-    cfg, (_, now), level = r.cfg, losses[-1], min(loss for _, loss in losses)
-    low = [it for it, loss in losses if loss <= level + (cfg.guard_nats or math.inf)]
-    high = [it for it, _ in losses if low and it > low[-1]]
-    if bad >= 0:
-        why = f"the gradient of iteration {bad} is not finite"
-    elif not math.isfinite(now):
-        why = f"after iteration {done - 1} the loss is {now}"
-    elif high and (done == cfg.max_iters or done - high[0] >= cfg.guard_patience):
-        why = (f"since iteration {high[0]} the loss, {now:.4f} now, is more than guard_nats="
-               f"{cfg.guard_nats:g} above its lowest level, {level:.4f}")
-    else:
-        return bool(high)
-    if RANK > 0:
-        sys.exit(2)         # all ranks come here together; one tells
-    kept = os.path.join(cfg.out_dir, 'ckpt.pt')
-    events = [f"{event} {name} at iteration {it}" for it, event, name in r.events if it < done]
-    raise UserError(f"diverged: {why}; the last event was {(events or ['none'])[-1]}; "
-                    f"{kept} of before is {'kept' if os.path.exists(kept) else 'not there'}. Try a "
-                    f"longer taper_iters, wider gaps, more iterations or a lower rate")
+def warn_of_steep_steps(cfg, ratios):
+    """Tells, before it happens, what a fade does to a giant vector of r times the ordinary std."""
+    n = max(cfg.taper_iters, 1)
+    for kind, name in NAMES.items():
+        r, start = max(ratios[kind].values()), getattr(cfg, f'start_{kind}')
+        fed = [1 + (r - 1) * fade(k / n) for k in range(n + 1)]
+        factor = max(after / before for before, after in zip(fed, fed[1:]))
+        if start >= 0 and factor > STEEP:
+            print0(f"warning: the std at {name} is {r:.0f} times the ordinary one; one iteration "
+                   f"of a fade multiplies what it feeds by {factor:.0f}: type --taper_iters=20")
 
 # -----------------------------------------------------------------------------
-# Evaluation.
+# Handing over. The model is written first: nothing that is printed later can cost it.
 
-@torch.no_grad()
-def token_losses(forward, data, full=False):
-    """For each token of the validation windows -> (1 or 4, windows, T) float32, alike on all ranks.
+CARD = """---
+library_name: transformers
+tags: [gpt2, interpretability, layernorm-free]
+---
+# A GPT-2 without LayerNorm
 
-    The cross-entropy in nats: NaN where nothing is predicted, infinite where a logit is not finite.
-    With `full` also the entropy in nats, the largest probability, and whether that token was right.
-    """
-    table = torch.zeros(4 if full else 1, len(data.starts()), data.cfg.block_size)
-    for first, x, y in data.windows():
-        logits = forward(x)[0]
-        for i in range(min(len(x), table.shape[1] - first)):    # all in float32 are too large
-            z = logits[i].float()
-            loss = F.cross_entropy(z, y[i], ignore_index=-1, reduction='none')
-            values = [loss.masked_fill(~z.sum(-1).isfinite(), math.inf)]
-            if full:
-                logp, top = z.log_softmax(-1), z.softmax(-1).max(-1)
-                values += [-(logp.exp() * logp).sum(-1), top.values, (top.indices == y[i]).float()]
-            table[:, first + i] = torch.stack(values).masked_fill(y[i] == -1, math.nan).cpu()
-    return all_reduce(table).numpy()
+Trained from {base}, then freed of every LayerNorm ([arXiv 2409.13710](https://arxiv.org/abs/\
+2409.13710)). The modules are still there, but with `layer_norm_epsilon` 1e12 each divides by 1e6,
+whatever the token. **A tool that sets its own epsilon computes nonsense without an error**: after
+TransformerLens' `HookedTransformer.from_pretrained` type
+`for m in model.modules(): if hasattr(m, 'eps'): m.eps = 1e12`. Weights of 1e6 do not fit float16.
 
-def mean_and_error(losses):
-    """losses (windows, T), NaN where nothing was predicted -> (mean, its standard error).
+```
+{report}
+```
 
-    A window, not a token, is one draw: the losses within a text go together.
-    """
-    there = ~np.isnan(losses)
-    n, sums = there.sum(1), np.where(there, losses, 0).sum(1, dtype=np.float64)
-    mean, k = sums.sum() / n.sum(), (n > 0).sum()
-    square = np.square(sums - mean * n).sum() * k / max(k - 1, 1)
-    return mean, np.sqrt(square) / n.sum() if k > 1 else np.nan
+{settings} ({today})
+"""
 
-def calibration(table):
-    """token_losses(full=True) -> (expected calibration error of arXiv 1706.04599, entropy)."""
-    there = ~np.isnan(table[0].ravel())
-    _, entropy, confidence, right = table.reshape(4, -1)[:, there].astype(np.float64)
-    bins = np.minimum((confidence * 15).astype(int), 14)
-    error = np.abs(np.bincount(bins, confidence - right, 15)).sum() / len(right)
-    return error, entropy.mean()
-
-def loss_table(named, noun):
-    """{model: losses (windows, T)}, one or two -> a table of each, and of first minus second.
-
-    The mean alone hides a model that explodes on rare inputs: LN-free GPT-2 XL has a mean of 130
-    and a median of 1.09 on The Pile (arXiv 2507.02559).
-    """
-    head = (noun + 's', 'mean', 'std. error', 'median', '99.9%', 'max')
-    lines = [f"{'nats per ' + noun:<30}" + ''.join(f"{name:>12}" for name in head)]
-    if len(named) == 2:
-        named = named | {'difference, token by token': np.subtract(*named.values())}
-    for name, losses in named.items():
-        lines.append(name[-30:])
-        for label, part in (('all', losses), ('the first of a window', losses[:, :1]),
-                            ('2nd to 64th', losses[:, 1:64]), ('from the 65th on', losses[:, 64:])):
-            values = part[~np.isnan(part)]
-            if values.size:
-                row = *mean_and_error(part), *np.quantile(values, (0.5, 0.999)), values.max()
-                lines.append(f"  {label:<28}{values.size:>12,}"
-                             + ''.join(f"{number:>12.4f}" for number in row))
-    return '\n'.join(lines)
-
-def compare(cfg):
-    """eval_only: the losses of init_from, and of control if named, over val.bin. Writes nothing."""
-    check('scratch' not in (cfg.init_from, cfg.control),
-          "nothing to evaluate: type --init_from=MODEL [--control=ANOTHER]")
-    device, autocast, dtype, compiled = start_machine(cfg)
-    data, models, losses, ends = Data(cfg, device), {}, {}, []
-    cfg.remove_ln = False
-    for source in [cfg.init_from] + [cfg.control] * bool(cfg.control):
-        cfg.init_from = source = cfg.out_dir if source == 'resume' else source
-        model = on_all_ranks(load_model, cfg, data)[0]
-        on_all_ranks(data.open, model.config.vocab_size, ['val'])
-        cfg.given.add('block_size')     # the second is cropped to the windows of the first
-        models[source + ' (control)' * bool(models)] = model.eval()
-    for name, model in models.items():
-        forward = torch.compile(model.to(device), fullgraph=True, disable=not compiled)
-        table = token_losses(autocast(forward), data, full=True)
-        model.cpu()
-        bad = np.isinf(table[0])
-        check(not bad.any(), f"{name} gives NaN or infinite logits for {bad.sum():,} {data.noun}s, "
-              f"first in the window from {data.noun} {data.starts()[bad.any(1).argmax()]:,} on")
-        ece, entropy = calibration(table)
-        ends.append(f"{name}: calibration error (ECE) {ece:.4f}, entropy {entropy:.4f} nats")
-        losses[name] = table[0]
-    mean, error = mean_and_error(next(iter(losses.values())))
-    print0(f"val loss {mean:.4f} nats per {data.noun}, standard error {error:.4f}; "
-           f"{data.dir}/val.bin, {len(data.starts()):,} windows of {cfg.block_size}, {dtype}\n\n"
-           f"{loss_table(losses, data.noun)}\n\n" + '\n'.join(ends))
-
-# -----------------------------------------------------------------------------
-# Handing over. The model is written first: nothing that is printed or drawn later can cost it.
-
-def hand_over(r):
-    """Writes hf/ if no LayerNorm is left; then prints the table and draws the picture."""
-    hf, picture = (os.path.join(r.cfg.out_dir, name) for name in ('hf', 'loss.png'))
-    made, reports = os.path.join(r.cfg.out_dir, 'ckpt.pt'), []
-    if r.cfg.remove_ln:
+def hand_over(cfg, raw, data, files, base):
+    """Writes hf/ if no LayerNorm is left; prints the result."""
+    written = os.path.join(cfg.out_dir, 'ckpt.pt')
+    if cfg.remove_ln:
         torch.set_float32_matmul_precision('highest')       # TF32 would drown the difference
-        reports = [print_table, partial(plot, path=picture)]
         try:
-            folded = r.raw.eval().fold_ln()
+            folded = raw.eval().fold_ln()
         except UserError as e:
+            folded = None
             print0(f"no LN-free model to hand over: {e}")
-        else:
-            write_hf(r, folded, hf)
-            made, reports = hf, [partial(write_card, path=os.path.join(hf, 'README.md')), *reports]
-    for report in reports:
-        try:
-            report(r)
-        except Exception as e:      # no matplotlib, a full disk, a damaged log
-            print0(f"note: a part of the report failed ({one_line(e)})")
-    print0(f"written: {made}" + f", {picture}" * os.path.exists(picture))
+        if folded:
+            written = write_hf(cfg, raw, folded, data, files)
+        lines = report(cfg, raw, data)
+        print0(f"\n{lines}")
+        if folded:
+            settings = ', '.join(f"{name}={getattr(cfg, name)}" for name, key in KEYS.items()
+                                 if name in cfg.given and key.type is not str)
+            text = CARD.format(base=base, report=lines, settings=settings, today=date.today())
+            write(os.path.join(written, 'README.md'), text.encode())
+    print0(f"written: {written}")
 
-def write_hf(r, folded, hf):
-    """Raises UserError, and writes nothing, if the folded logits are not the unfolded ones."""
-    x = next(r.data.windows())[1][:4]
+def write_hf(cfg, raw, folded, data, files):
+    """-> out_dir/hf. UserError, and nothing written, if the folded logits are not the unfolded."""
+    hf, x = os.path.join(cfg.out_dir, 'hf'), next(data.windows())[1][:4]
     with torch.no_grad():
-        logits = r.raw(x)[0]
+        logits = raw(x)[0]
         diff, scale = (folded(x)[0] - logits).abs().max().item(), logits.abs().max().item()
-    # float32 rounding is far below, and a NaN is not below
+    # far above float32 rounding; also catches NaN
     check(diff <= 1e-3 * max(scale, 1), f"nothing is handed over: the folded logits differ by "
                                         f"{diff:.2g} (largest {scale:.3g}); ckpt.pt is as it was")
     if os.path.exists(hf):          # resumed after its end: somebody may have edited what is there
         os.rename(hf, f'{hf}.{time.time():.0f}')
         print0(f"note: {hf} was there already, and has the time added to its name")
-    if not vocabulary(r.files):
-        print0(f"note: {hf} has no tokenizer, for neither the model nor {r.data.dir} brings one")
-    r.raw.save_pretrained(hf, r.files)
+    raw.save_pretrained(hf, files)
     print0(f"folded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})")
+    return hf
 
-def result_rows(r):
-    """[(name, validation loss, LN sites left)]: before, the control where there is one, after."""
-    own, left = read_log(r.cfg.out_dir, 'eval'), len(r.raw.sites_left())
-    before = left + sum(event == 'remove' for _, event, _ in r.events)
-    rows = [('pre-trained', own[0]['val_loss'], before)]
-    if r.cfg.control:
-        last = read_log(r.cfg.control, 'eval')[-1]
-        when = f", at {last['iter']}" * (last['iter'] != own[-1]['iter'])
-        rows.append((f'control (LN kept){when}', last['val_loss'], before))
-    return rows + [('LN removed' if left else 'LN-free', own[-1]['val_loss'], left)]
-
-def print_table(r):
-    rows, control = result_rows(r), r.cfg.control
-    print0(f"\n{'':<28}{'val nats/' + r.data.noun:>16}{'gap to control':>16}{'LN sites left':>16}")
-    for name, loss, left in rows:
-        gap = f"{loss - rows[1][1]:+.4f}" if control and name != 'pre-trained' else ''
-        print0(f"{name:<28}{loss:>16.4f}{gap:>16}{left:>16}")
-    looks = read_log(r.cfg.out_dir, 'giant')
-    times = [f"{max(e[k].values()):.1f}" for k in ('bos', 'eot') for e in (looks[0], looks[-1])]
-    print0("largest std, in ordinary tokens' stds: position 0 {} before, {} after; "
-           "end-of-text {}, {}".format(*times))
-    if not control:
-        print0("(no control: see config/control.py)")
-
-def write_card(r, path):
-    """The README.md of the folder that is handed over: this run's facts."""
-    cfg, c, noun = r.cfg, r.raw.config, r.data.noun
-    rows = '\n'.join(f"| {name} | {loss:.4f} |" for name, loss, _ in result_rows(r))
-    settings = ', '.join(f"{name}={getattr(cfg, name)}" for name, key in KEYS.items()
-                         if name in cfg.given and key.type is not str)
-    write(path, f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gpt2, interpretability, layernorm-free]
----
-# A GPT-2 without LayerNorm
-
-Trained from {r.base}, then freed of every LayerNorm by fine-tuning: the division by the token's own
-standard deviation was replaced by a constant, one site after another
-([arXiv 2409.13710](https://arxiv.org/abs/2409.13710)). transformers' `GPT2LMHeadModel` loads it.
-The LayerNorm modules are still there, but with `layer_norm_epsilon` 1e12 each divides by 1e6,
-whatever the token: do not set another epsilon. **Use float32 or bfloat16**: weights of 1e6 do not
-fit float16. For float16 write a folded model: `python model.py MODEL FOLDER --float16`.
-
-| {r.identity['windows']:,} windows of {cfg.dataset}'s val.bin | nats per {noun} |
-|---|---|
-{rows}
-
-* **Model:** {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}
-* **Data:** {' '.join(r.data.meta.get('source', [cfg.dataset]))} (tokenizer {r.data.tokenizer})
-* **Training and removal,** {date.today()}: {settings}
-""".encode('utf-8', 'replace'))
-
-def plot(r, path):
-    """Draws training losses (lines), validation losses (dots) and this run's removals."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(9, 5), layout='constrained')
-    for run in [r.cfg.control] * bool(r.cfg.control) + [r.cfg.out_dir]:
-        train, val = (np.array([(e['iter'], e[key]) for e in read_log(run, event)]).T
-                      for event, key in (('train', 'loss'), ('eval', 'val_loss')))
-        line, = ax.plot(*train, lw=0.8, alpha=0.6, label=run)
-        ax.plot(*val, 'o-', ms=4, color=line.get_color(), label=f'{run}: validation')
-    for it, _, _ in r.events:
-        ax.axvline(it, color='gray', lw=0.5, ls=':')
-    low, high = val[1].min(), np.quantile(train[1], 0.95)       # the start would flatten the rest
-    ax.set(xlabel='iteration (dotted: a removal begins)', ylabel='nats',
-           ylim=(low - 0.1, high + 0.3 * (high - low)))
-    ax.legend()
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+def report(cfg, raw, data):
+    """The result, as text: before, the control where there is one, after; the giant vector."""
+    own, looks = (read_log(cfg.out_dir, event) for event in ('eval', 'giant'))
+    sites, left = raw.sites(), len(raw.sites_left())
+    table = gates(cfg, cfg.max_iters, raw.config.n_layer)
+    rows = [('pre-trained', own[0]['val_loss'], left + sum(table[site] > 0 for site in sites))]
+    if cfg.control:
+        rows.append(('control (LN kept)', read_log(cfg.control, 'eval')[-1]['val_loss'], rows[0][2]))
+    rows.append(('LN removed' if left else 'LN-free', own[-1]['val_loss'], left))
+    nats, gap = f'val nats/{data.noun}', 'gap to control' if cfg.control else ''
+    lines = [f"{'':<28}{nats:>16}{gap:>16}{'LN sites left':>16}"]
+    for name, loss, n in rows:
+        gap = f"{loss - rows[1][1]:+.4f}" if cfg.control and name != 'pre-trained' else ''
+        lines.append(f"{name:<28}{loss:>16.4f}{gap:>16}{n:>16}")
+    for kind, name in NAMES.items():
+        before, after = (max(look[kind].values()) for look in (looks[0], looks[-1]))
+        lines.append(f"largest std at {name}, in ordinary tokens' stds: {before:.1f} before, "
+                     f"{after:.1f} after")
+        if after > GIANT and not left:
+            lines.append(f"warning: a giant vector is left at {name}: the model may explode on "
+                         f"rare input; train longer, or raise giant_loss_weight")
+    return '\n'.join(lines)
 
 if __name__ == '__main__':
     main()
