@@ -15,7 +15,6 @@ a line) and, after a removal, hf/: the LN-free model. The keys are the fields of
 import ast
 import contextlib
 import difflib
-import functools
 import hashlib
 import json
 import math
@@ -26,6 +25,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, fields
 from datetime import date, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +87,9 @@ class Config:
     start_bos: int = 0              # position 0
     taper_iters: int = 0            # how long a site takes to fade, and a merge; 0: abrupt
     aux_loss_weight: float = 0.0    # holds the std before ln_f near its mean; in a removal only
-    giant_loss_weight: float = 0.0  # draws the stds of position 0 and end-of-text to the ordinary
+    giant_loss_weight: float = 0.0  # draws special tokens' stds to the ordinary; in a removal only
     # a teacher that kept its LayerNorm
-    teacher: str = ''               # as init_from: a hub id, a folder, an out_dir
+    teacher: str = ''               # a hub id, a folder, an out_dir
     distil: float = 0.5             # the share of the loss that is KL(teacher || model)
     random_share: float = 0.0       # of the sequences: random ids, taught by the teacher alone
     # machine
@@ -123,63 +123,47 @@ def load_config(argv):
             names = {name: key.default for name, key in KEYS.items()} | given
             names['__file__'] = os.path.abspath(arg)
             try:
-                with open(arg, encoding='utf-8-sig') as f:
-                    tree = ast.parse(f.read(), arg)
+                tree = ast.parse(Path(arg).read_text('utf-8-sig'))
                 exec(compile(tree, arg, 'exec'), names)
             except Exception as e:      # it is a program, and may fail in any way
                 raise UserError(f"{arg}: {type(e).__name__}: {one_line(e)}")
-            assigned = [n.id for n in ast.walk(tree)
-                        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-            found = {n: names[n] for n in assigned if n in names and n[0] != '_'}
+            stored = [node.id for node in ast.walk(tree)
+                      if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+            found = {name: names[name] for name in stored if name in names and name[0] != '_'}
         for name, value in found.items():
-            given[name] = checked(arg, name, value)
+            near = difflib.get_close_matches(name, KEYS, 1, 0)[0]
+            check(name in KEYS, f"{arg}: unknown key {name!r}; did you mean {near!r}?")
+            want = KEYS[name].type
+            value = float(value) if want is float and type(value) is int else value
+            check(isinstance(value, want) and not (want is int and type(value) is bool),
+                  f"{arg}: {name} is {value!r}; expected {getattr(want, '__name__', want)}")
+            given[name] = os.path.expanduser(value) if want is str else value
     cfg = Config(**given)
     cfg.given = {*given}
     return cfg
 
-def checked(where, name, value):
-    """The value of a key. Raises UserError for an unknown key, or a value of another type."""
-    near = difflib.get_close_matches(name, KEYS, 1, 0)[0]
-    check(name in KEYS, f"{where}: unknown key {name!r}; did you mean {near!r}?")
-    want = KEYS[name].type
-    value = float(value) if want is float and type(value) is int else value
-    right = isinstance(value, want) and not (want is int and type(value) is bool)
-    check(right, f"{where}: {name} is {value!r}; expected {getattr(want, '__name__', want)}, "
-                 f"like {name}={KEYS[name].default!r}")
-    return os.path.expanduser(value) if want is str else value
-
 def check_config(cfg):
-    """Raises UserError for values out of range, or keys that contradict each other."""
-    positive = 'eval_interval log_interval block_size batch_size batch_tokens max_iters'.split()
-    below = {'vocab_size': 65537, 'dropout': 1, 'random_share': 1, 'distil': 1 + 1e-9}
-    for name, key in KEYS.items():
-        value, low = getattr(cfg, name), -1 if name.startswith('start_') else name in positive
-        if key.type in (int, float) and not name.startswith('gap_'):
-            high = below.get(name, math.inf)        # token ids are uint16
-            check(low <= value < high, f"{name} is {value}; expected at least {low:d}, and less "
-                                       f"than {high}")
-    for name, good in (('dtype', ['auto', 'float32', 'bfloat16']), ('ln_mode', ['real', 'none'])):
-        value = getattr(cfg, name)
-        check(value in good, f"{name} is {value!r}; type --{name}= with one of {', '.join(good)}")
-    if cfg.decay_lr and not cfg.eval_only:
-        end = min(cfg.lr_decay_iters or cfg.max_iters, cfg.max_iters)
-        check(cfg.min_lr <= cfg.learning_rate, f"min_lr={cfg.min_lr:g} is above learning_rate="
-              f"{cfg.learning_rate:g}, so the rate would climb: give both, or --decay_lr=False")
-        check(cfg.warmup_iters <= end, f"warmup_iters={cfg.warmup_iters} is beyond max_iters or "
-                                       f"lr_decay_iters, {end}: lower it")
-    check(cfg.teacher or not cfg.random_share, f"random_share={cfg.random_share} without a teacher:"
-                                               f" type --teacher=, which knows what follows")
+    """Raises UserError for values that nobody else would refuse."""
+    for name in ('eval_interval', 'log_interval', 'batch_size', 'batch_tokens', 'max_iters'):
+        check(getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}; expected 1 or more")
+    for name, most in (('vocab_size', 1 << 16), ('distil', 1), ('random_share', 0.99)):
+        value = getattr(cfg, name)      # token ids are uint16
+        check(0 <= value <= most, f"{name} is {value}; expected 0 to {most}")
+    check(cfg.dtype in ('auto', 'float32', 'bfloat16'), f"dtype is {cfg.dtype!r}; expected auto, "
+                                                        f"float32 or bfloat16")
+    check(not cfg.decay_lr or cfg.min_lr <= cfg.learning_rate, f"min_lr={cfg.min_lr:g} is above "
+          f"learning_rate={cfg.learning_rate:g}: give both, or --decay_lr=False")
+    check(cfg.eval_only or cfg.warmup_iters <= cfg.max_iters,
+          f"warmup_iters={cfg.warmup_iters} is beyond max_iters={cfg.max_iters}: lower it")
+    check(cfg.teacher or not cfg.random_share, "random_share needs a --teacher=")
 
 # -----------------------------------------------------------------------------
 # The removal: a table of gates, one pure function of the iteration. Edit it, print it, plot it.
 
 def fade(x):
-    """A gate, after the fraction x of its taper_iters.
-
-    A gate g multiplies what a giant vector of r times the ordinary std feeds by 1 + (r - 1) g. The
-    first iteration of a linear gate is by far its steepest: a factor of 3 for r = 42 and 20
-    iterations. The square has none above 1.4.
-    """
+    """A gate, after the fraction x of its taper_iters. A gate g multiplies what a giant vector of r
+    times the ordinary std feeds by 1 + (r - 1) g; for r = 42 and 20 iterations the first of a
+    linear gate multiplies by 3, none of the square's by more than 1.4."""
     return min(max(x, 0.0), 1.0) ** 2
 
 def gates(cfg, it, n_layer):
@@ -187,21 +171,16 @@ def gates(cfg, it, n_layer):
     the ordinary ones. All from 0, before anything is removed, to 1. Empty without remove_ln."""
     def gate(start, later=0):
         return fade((it + 1 - start - later) / max(cfg.taper_iters, 1)) if start >= 0 else 0.0
-    if not cfg.remove_ln:
-        return {}
     table = {}
-    for i in range(n_layer):
-        table[f'h.{i}.ln_2'] = gate(cfg.start_ln2, i * cfg.gap_ln2)
-        table[f'h.{i}.ln_1.qk'] = gate(cfg.start_ln1qk, i * cfg.gap_ln1qk)
-        table[f'h.{i}.ln_1.v'] = gate(cfg.start_ln1v, i * cfg.gap_ln1v)
-    table['ln_f'] = gate(cfg.start_lnf)
-    table['eot'] = gate(cfg.start_eot) if cfg.start_eot else 1.0
-    table['bos'] = gate(cfg.start_bos) if cfg.start_bos else 1.0
+    if cfg.remove_ln:
+        for i in range(n_layer):
+            table[f'h.{i}.ln_2'] = gate(cfg.start_ln2, i * cfg.gap_ln2)
+            table[f'h.{i}.ln_1.qk'] = gate(cfg.start_ln1qk, i * cfg.gap_ln1qk)
+            table[f'h.{i}.ln_1.v'] = gate(cfg.start_ln1v, i * cfg.gap_ln1v)
+        table['ln_f'] = gate(cfg.start_lnf)
+        table['eot'] = gate(cfg.start_eot) if cfg.start_eot else 1.0
+        table['bos'] = gate(cfg.start_bos) if cfg.start_bos else 1.0
     return table
-
-def ln_of(site):
-    """The LayerNorm of a site: h.0.ln_1.qk -> h.0.ln_1."""
-    return site.removesuffix('.qk').removesuffix('.v')
 
 def set_gates(cfg, it, model, measured):
     """Moves the model's gates to those of iteration it -> what to log.
@@ -209,28 +188,27 @@ def set_gates(cfg, it, model, measured):
     A LayerNorm is measured, by measured() -> (n_LN, 3), when the gate of its first side leaves 0.
     """
     was, now = (gates(cfg, i, model.config.n_layer) for i in (it - 1, it))
-    moving = [name for name in now if now[name] != was[name]]
-    going = [name for name in moving if was[name] == 0]
-    lns, sites, entries = model.layernorms(), model.sites(), []
-    fresh = [ln for ln in lns if ln in map(ln_of, going) and not lns[ln].gate.any()]
-    stds = dict(zip(lns, measured())) if fresh else {}
-    for ln in fresh:
-        lns[ln].std.copy_(stds[ln])
-    for kind in (BOS, EOT) if now else ():
-        for ln in lns.values():
-            ln.merge[kind] = now[KINDS[kind]]
+    moving, lns, entries = [name for name in now if now[name] != was[name]], model.layernorms(), []
+    going = {name: ln for name, ln in lns.items() if any(name + s in moving for s in ln.sides)}
+    fresh = [name for name, ln in going.items() if not ln.gate.any()]
+    for name, std in zip(lns, measured() if fresh else ()):
+        if name in fresh:
+            lns[name].std.copy_(std)
+    for name, ln in lns.items() if {'bos', 'eot'} & {*moving} else going.items():
+        ln.merge[BOS], ln.merge[EOT] = now['bos'], now['eot']
+        for i, side in enumerate(ln.sides):
+            if name + side in moving:       # a site that went in an earlier run stays
+                ln.gate[i] = now[name + side]
     for name in moving:
-        if name in KINDS and name in going:
+        if was[name] == 0 and name in KINDS:
             entries.append(dict(event='merge', iter=it, kind=name))
-        elif name in sites:
-            sites[name].fill_(now[name])
-            if name in going:
-                std = dict(zip(KINDS, lns[ln_of(name)].std.tolist()))
-                entries.append(dict(event='remove', iter=it, site=name, std=std))
+        elif was[name] == 0:
+            std = lns[name.removesuffix('.qk').removesuffix('.v')].std.tolist()
+            entries.append(dict(event='remove', iter=it, site=name, std=dict(zip(KINDS, std))))
     return entries
 
 @torch.no_grad()
-def measure(forward, model, batches):
+def measure(model, forward, batches):
     """The constants, the mean of sqrt(var + eps) over all ranks' tokens of a kind -> (n_LN, 3).
 
     batches: (x, y) of this rank, y -1 where a token does not count. A kind that these tokens lack
@@ -260,33 +238,20 @@ def spread(std, mask):
 # -----------------------------------------------------------------------------
 # Data.
 
-def read_meta(dataset):
-    """What prepare.py says of data/NAME; {} for bins of another program."""
-    folder = Path('data', dataset)
-    check(folder.is_dir(), f"no {folder}: type python prepare.py SOURCE --name={dataset}, for "
-                           f"example with SOURCE openwebtext --max_tokens=700_000_000")
-    try:
-        meta = json.loads((folder / 'meta.json').read_text('utf-8-sig'))
-        good = (meta['eot'] or 0) < meta['vocab_size'] and meta['train']['tokens'] >= 0
-        check(good and meta['tokenizer'] and meta['val']['tokens'] >= 0, 'odd numbers')
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{folder}/meta.json is not prepare.py's ({e}): prepare the data again")
-    return meta
-
 class Data:
     """data/NAME/{train,val}.bin, mapped, not read: the batches and the validation windows of a
     model. Raises UserError if they do not fit it."""
 
-    def __init__(self, cfg, meta, model_config, device, splits=('train', 'val')):
+    def __init__(self, cfg, meta, model_config, device):
         self.cfg, self.meta, self.device = cfg, meta, device
         self.dir, self.vocab_size = os.path.join('data', cfg.dataset), model_config.vocab_size
         self.noun = 'byte' if meta.get('tokenizer') == 'bytes' else 'token'
         B, T = cfg.batch_size, model_config.block_size
         self.T, self.n_micro = T, cfg.batch_tokens // (B * T)   # micro-batches, over all ranks
         self.n_random = round(cfg.random_share * self.n_micro * B)      # sequences
-        for split in splits:
+        # what a run trains and is evaluated on: losses on unlike things are not compared
+        self.identity = {'windows': cfg.eval_iters, 'block_size': T}
+        for split in ['val'] if cfg.eval_only else ['val', 'train']:
             path = os.path.join(self.dir, f'{split}.bin')
             n = os.path.getsize(path) / 2 if os.path.exists(path) else 0
             want = meta.get(split, {}).get('tokens', n // 1)
@@ -297,19 +262,13 @@ class Data:
             check(meta or ids[1:1 << 16:2].any(), f"{path} holds 32-bit numbers, not uint16")
             self._check(ids[:1 << 20])      # a look at the beginning; every batch is checked too
             setattr(self, split, ids)
+            self.identity[split] = digest([ids])
         n = (len(self.val) - 1) // T
         k = min(cfg.eval_iters or n, n)
         self.starts = np.arange(k) * n // k * T     # the first tokens of the validation windows
 
-    @functools.cached_property
-    def identity(self):
-        """What a run trains and is evaluated on: losses on unlike things are not compared."""
-        return {'train': digest([self.train]), 'val': digest([self.val]),
-                'windows': len(self.starts), 'block_size': self.T}
-
     def _check(self, ids):
-        top = ids.max()
-        check(top < self.vocab_size, f"{self.dir} holds token id {top}, the model has "
+        check(ids.max() < self.vocab_size, f"{self.dir} holds token id {ids.max()}, the model has "
               f"{self.vocab_size} tokens: type prepare.py ... --tokenizer=MODEL")
 
     def _to_device(self, rows, counts):
@@ -336,8 +295,7 @@ class Data:
         return self._to_device(np.stack(rows), (here >= self.n_random)[:, None])
 
     def windows(self):
-        """This rank's share of the validation windows, which are whole and do not overlap:
-        (number of the first, x, y).
+        """This rank's share of the validation windows: (number of the first, x, y).
 
         In data that prepare.py cut into windows of this length, the last target of a window is the
         first token of another text: it does not count.
@@ -348,8 +306,7 @@ class Data:
             counts = np.zeros((B, T), bool)
             for row, start in enumerate(self.starts[i:i + B]):
                 rows[row], counts[row] = self.val[start:start + T + 1], True
-            if self.meta.get('window') == T:
-                counts[:, -1] = False
+            counts[:, -1] &= self.meta.get('window') != T
             yield i, *self._to_device(rows, counts)
 
 def digest(arrays):
@@ -368,9 +325,10 @@ def all_reduce(x):
     return x
 
 @torch.no_grad()
-def validate(forward, data):
+def validate(model, forward, data):
     """-> (mean loss over the validation windows in nats per token, its standard error), alike on
     all ranks. A window, not a token, is one draw: the losses within a text go together."""
+    model.eval()
     table = torch.zeros(len(data.starts), 2, dtype=torch.float64)   # a window's loss, its tokens
     for first, x, y in data.windows():
         logits = forward(x)[0]
@@ -387,11 +345,11 @@ def validate(forward, data):
 
 def get_lr(cfg, it):
     """The learning rate: linear warm-up, then cosine down to min_lr."""
+    end = cfg.lr_decay_iters or cfg.max_iters
     if not cfg.decay_lr:
         return cfg.learning_rate
     if it < cfg.warmup_iters:
         return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
-    end = cfg.lr_decay_iters or cfg.max_iters
     if it >= end:
         return cfg.min_lr
     progress = (it - cfg.warmup_iters) / (end - cfg.warmup_iters)
@@ -399,10 +357,8 @@ def get_lr(cfg, it):
 
 def make_optimizer(cfg, model):
     """AdamW; weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{'params': matrices, 'weight_decay': cfg.weight_decay},
-              {'params': vectors, 'weight_decay': 0.0}]
+    groups = [{'params': [p for p in model.parameters() if (p.dim() >= 2) == matrix],
+               'weight_decay': cfg.weight_decay if matrix else 0.0} for matrix in (True, False)]
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 def divergence(teacher, x, logits):
@@ -425,9 +381,10 @@ def step(cfg, it, model, raw, optimizer, data, autocast, distil=None):
         group['lr'] = get_lr(cfg, it)
     for first in range(0, n, WORLD):
         micro = first + RANK
-        share = 1 / n if micro < n else 0.0     # of the iteration's sequences, and of those with
-        told = min(max((micro + 1) * B - data.n_random, 0), B)      # targets, in this micro-batch
-        told = told / (n * B - data.n_random) if micro < n else 0.0
+        # this micro-batch's share of the iteration's sequences, and of those with targets
+        share = 1 / n if micro < n else 0.0
+        told = min(max((micro + 1) * B - data.n_random, 0), B) / (n * B - data.n_random)
+        told = told if micro < n else 0.0
         x, y = data.batch(it, micro % n)
         if cfg.dropout:     # a stream for each micro-batch: resuming needs no generator's state
             torch.manual_seed(((cfg.seed * 1_000_003 + it) * 1_000_003 + micro) % 2 ** 63)
@@ -456,18 +413,19 @@ def train(cfg):
     device, autocast, dtype, compiled = find_machine(cfg)
     raw, data, teacher, ckpt, files = open_all(cfg, device)
     state = {'iter': 0, 'train_guard': (math.inf, -1), 'val_guard': (math.inf, -1),
-             'base': Path(cfg.init_from).name if os.path.exists(cfg.init_from) else cfg.init_from,
-             'run': os.urandom(4).hex(), 'on': data.identity, 'log_bytes': 0}
+             'log_bytes': 0, 'run': os.urandom(4).hex(), 'identity': data.identity}
     state |= {key: ckpt[key] for key in state if ckpt}
     if WORLD > 1:
         join_processes('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
-        agree(cfg, data, [m for m in (teacher, raw) if m and (m is teacher or state['iter'])])
-    raw = raw.to(device)
-    optimized = functools.partial(torch.compile, fullgraph=True, disable=not compiled)
+        agree(cfg, data, [m for m in (raw, teacher) if m and (m is teacher or ckpt)])
+    raw.to(device)
+    optimized = partial(torch.compile, fullgraph=True, disable=not compiled)
     # two graphs: this one, without dropout, evaluates and measures; the other trains
-    forward = autocast(optimized(functools.partial(raw, return_stds=True)))
+    forward = autocast(optimized(partial(raw, return_stds=True)))
     model = optimized(raw)
-    distil = teacher and optimized(functools.partial(divergence, teacher.to(device)))  # a third
+    distil = teacher and optimized(partial(divergence, teacher.to(device)))     # a third
+    if cfg.eval_only:
+        return evaluate(cfg, 0, raw, forward, data)
     if WORLD > 1:       # gates and constants are set alike on all ranks: no buffers to broadcast
         warnings.filterwarnings('ignore', message='.*broadcast_buffers')    # torch 2.11's only name
         model = torch.nn.parallel.DistributedDataParallel(
@@ -485,19 +443,18 @@ def train(cfg):
            f"{cfg.batch_tokens:,} tokens an iteration")
     start = logged = state['iter']
     if start == 0:
-        loss = evaluate(cfg, 0, forward, raw, data)
+        loss = evaluate(cfg, 0, raw, forward, data)
         if cfg.init_from != 'scratch' and loss > math.log(data.vocab_size):
             print0("warning: that is worse than chance: is this data of this model's tokenizer?")
         if cfg.remove_ln:
-            warn_of_steep_steps(cfg, log_giant(cfg, 0, forward, raw, data))
+            log_giant(cfg, 0, raw, forward, data)
     t0 = then = time.time()
 
     with stop_signals() as asked:
         for it in range(start, cfg.max_iters):
             # what the schedule has for this iteration
             batches = (data.batch(it, micro) for micro in range(RANK, data.n_micro, WORLD))
-            measured = functools.partial(measure, forward, raw, batches)
-            for event in set_gates(cfg, it, raw, measured):
+            for event in set_gates(cfg, it, raw, partial(measure, raw, forward, batches)):
                 log(cfg, **event)
                 print0(f"iter {it:>6} | {event['event']} {event.get('site') or event['kind']:<12}"
                        + ''.join(f" {k} {std:.3f}" for k, std in event.get('std', {}).items()))
@@ -511,77 +468,60 @@ def train(cfg):
                 now = time.time()
                 speed = (done - logged) * cfg.batch_tokens / max(now - then, 1e-9)
                 left = (now - t0) / (done - start) * (cfg.max_iters - done)
-                progress(cfg, it, raw, loss, {'kl': kl} if teacher else {}, speed, left)
+                losses = {'loss': loss, 'kl': kl} if teacher else {'loss': loss}
+                progress(cfg, it, raw, losses, speed, left)
                 then, logged = now, done
 
             # evaluate and save: the model as this iteration left it
             due = done % cfg.eval_interval == 0 or done == cfg.max_iters
-            stop = all_reduce(torch.tensor(len(asked))).item()
+            stop = all_reduce(torch.tensor(len(asked))).item() if WORLD > 1 else len(asked)
             if due:
                 t = time.time()
-                loss = evaluate(cfg, done, forward, raw, data)
+                loss = evaluate(cfg, done, raw, forward, data)
                 state['val_guard'] = guard(cfg, it, loss, *state['val_guard'])
                 then += time.time() - t
             if due or stop:
-                low = state['train_guard'][1] == state['val_guard'][1] == -1
-                if norm.isfinite() and (low or stop):
-                    save(cfg, raw, optimizer, state)
-                else:
+                high = max(state['train_guard'][1], state['val_guard'][1]) >= 0
+                if not norm.isfinite() or high and not stop:
                     print0("not saved: the last checkpoint is better than this")
+                elif RANK == 0:
+                    save(cfg, raw, optimizer, state)
             if stop and done < cfg.max_iters:
                 print0(f"train.py: stopped and saved after iteration {it}; go on with the same "
                        f"command and --init_from=resume", sys.stderr)
                 sys.exit(128 + (asked or [signal.SIGTERM])[0])
 
     if cfg.remove_ln:
-        log_giant(cfg, cfg.max_iters, forward, raw, data)
+        log_giant(cfg, cfg.max_iters, raw, forward, data)
     if RANK == 0:
-        hand_over(cfg, raw, data, files, state['base'])
+        hand_over(cfg, raw, data, files)
 
 @command
 def main(argv):
     cfg = load_config(argv)
     check_config(cfg)
     try:
-        evaluate_only(cfg) if cfg.eval_only else train(cfg)
+        train(cfg)
     except (RuntimeError, MemoryError) as e:
         check(not trouble(e), f"{trouble(e)}: try a smaller --batch_size, "
                               f"--gradient_checkpointing=True or --compile=False")
         raise
-
-def evaluate_only(cfg):
-    """Prints the loss of init_from over val.bin. Writes nothing."""
-    check(cfg.init_from != 'scratch', "nothing to evaluate: type --init_from=MODEL")
-    device, autocast, dtype, compiled = find_machine(cfg)
-    meta = read_meta(cfg.dataset)
-    raw = load_model(cfg, meta)[0]
-    data = Data(cfg, meta, raw.config, device, ['val'])
-    if WORLD > 1:
-        join_processes()
-    forward = autocast(torch.compile(raw.to(device).eval(), fullgraph=True, disable=not compiled))
-    mean, error = validate(forward, data)
-    check(math.isfinite(mean), f"{cfg.init_from} gives NaN or infinite logits")
-    print0(f"val loss {mean:.4f} nats per {data.noun}, standard error {error:.4f}; "
-           f"{data.dir}/val.bin, {len(data.starts):,} windows of {data.T}, {dtype}")
 
 # -----------------------------------------------------------------------------
 # Starting: the machine, the model and its data, the place to write.
 
 def find_machine(cfg):
     """-> (device, autocast, its dtype by name, whether to compile)."""
-    device = cfg.device
-    if device in ('auto', 'cuda') and torch.cuda.is_available():
-        wanted, n = int(os.environ.get('LOCAL_WORLD_SIZE', WORLD)), torch.cuda.device_count()
-        check(wanted <= n or WORLD == 1, f"{wanted} processes for {n} GPUs: type "
-                                         f"--nproc_per_node={n}")
-        device = f'cuda:{LOCAL_RANK}'
-    device, native = 'cpu' if device == 'auto' else device, False
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:     # what torch says of a device that is not here
-        raise UserError(f"device is {cfg.device!r}; type --device=auto ({one_line(e)})")
+    n, device, native = torch.cuda.device_count(), cfg.device, False
+    if device == 'auto':
+        device = 'cuda' if n else 'cpu'
     kind = device.split(':')[0]
+    there = {'cpu': 1, 'cuda': n, 'mps': torch.backends.mps.is_available()}
+    check(there.get(kind), f"device is {device!r}, which is not here: type --device=auto")
     if kind == 'cuda':
+        local = int(os.environ['LOCAL_WORLD_SIZE']) if WORLD > 1 else 1
+        check(local <= n, f"{local} processes for {n} GPUs: type --nproc_per_node={n}")
+        device = f'cuda:{LOCAL_RANK}' if device == 'cuda' else device
         native = torch.cuda.get_device_capability(device)[0] >= 8
         torch.cuda.set_device(device)
         # TF32 for what autocast leaves in float32; an evaluation is exact
@@ -592,112 +532,107 @@ def find_machine(cfg):
 
 def open_all(cfg, device):
     """Opens and checks all the input -> (model, data, teacher or None, the checkpoint to resume or
-    None, the files to hand over with the model)."""
-    meta, teacher = read_meta(cfg.dataset), None
+    None, {name: bytes} of the files to hand over with the model)."""
+    folder, teacher = Path('data', cfg.dataset), None
+    check(folder.is_dir(), f"no {folder}: type python prepare.py SOURCE --name={cfg.dataset}, for "
+                           f"example with SOURCE openwebtext --max_tokens=700_000_000")
+    try:        # bins of another program have no meta.json
+        meta = folder / 'meta.json'
+        meta = json.loads(meta.read_text('utf-8-sig')) if meta.exists() else {}
+        check(not meta or {'tokenizer', 'vocab_size', 'train', 'val'} <= {*meta}, "no counts")
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{folder}/meta.json is damaged ({one_line(e)}): prepare the data again")
     raw, ckpt, files = load_model(cfg, meta)
     data, size = Data(cfg, meta, raw.config, device), raw.config.vocab_size
-    for name in ['ckpt.pt', 'hf'] if cfg.remove_ln else ['ckpt.pt']:
+    if cfg.eval_only:
+        return raw, data, None, None, files
+    for name in ('ckpt.pt', 'hf'):
         path = os.path.join(cfg.out_dir, name)
         check(ckpt or not os.path.exists(path), f"{path} is of another run: go on with it by "
               f"--init_from=resume, or choose another --out_dir")
     n = cfg.batch_size * data.T
     check(cfg.batch_tokens % n == 0, f"batch_tokens is {cfg.batch_tokens}; expected a multiple of "
           f"batch_size * block_size: type --batch_tokens={max(cfg.batch_tokens // n, 1) * n}")
-    check(data.n_random < cfg.batch_tokens // data.T,
-          f"random_share={cfg.random_share} leaves no sequence of the data: lower it")
     if cfg.teacher:
         teacher = GPT2.from_pretrained(cfg.teacher).eval().requires_grad_(False)
         n, T = teacher.config.vocab_size, teacher.config.block_size
         check(n == size and T >= data.T, f"teacher={cfg.teacher} has {n} tokens and a context of "
-              f"{T}; expected the model's {size}, and at least {data.T}")
+                                         f"{T}; expected {size}, and at least {data.T}")
     if cfg.control:
-        on = read_log(cfg.control, 'eval')[-1].get('on')
-        check(on == data.identity, f"control={cfg.control} is of {on}, not of {data.identity}: "
+        of = read_log(cfg.control, 'eval')[-1].get('of')
+        check(of == data.identity, f"control={cfg.control} is of {of}, not of {data.identity}: "
                                    f"give both runs the same data and windows")
+    check_schedule(cfg, raw, ckpt)
     if ckpt:
-        check_resume(cfg, ckpt, data, raw.config.n_layer)
-    elif cfg.remove_ln:
-        check_schedule(cfg, raw)
+        size = os.path.getsize(log_path(cfg)) if os.path.exists(log_path(cfg)) else 0
+        check(ckpt['identity'] == data.identity and size >= ckpt['log_bytes'],
+              f"the run is of {ckpt['identity']} with {ckpt['log_bytes']} bytes of log.jsonl, not "
+              f"of {data.identity} with {size}: put the data, eval_iters and log back, or begin "
+              f"another run with --init_from={cfg.out_dir}")
     return raw, data, teacher, ckpt, files
 
 def load_model(cfg, meta):
-    """-> (model, the checkpoint to resume or None, {name: bytes} of what goes with the model)."""
-    source, ckpt, n = cfg.init_from, None, meta.get('vocab_size')
-    mode = 'fake' if cfg.remove_ln else cfg.ln_mode if 'ln_mode' in cfg.given else None
-    folder = os.path.join('data', cfg.dataset, 'tokenizer')
-    files = companions(folder) if os.path.isdir(folder) else {}     # for a model that brings none
+    """-> (model, the checkpoint to resume or None, {name: bytes}: the files of its tokenizer, or of
+    the data's if it brings none)."""
+    ckpt, n, folder = None, meta.get('vocab_size'), os.path.join('data', cfg.dataset, 'tokenizer')
+    mode = cfg.ln_mode if 'ln_mode' in cfg.given else None
+    mode = 'fake' if cfg.remove_ln and not cfg.eval_only else mode
+    source = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
+    files = companions(folder) if os.path.isdir(folder) else {}
     if source == 'scratch':
-        check(cfg.vocab_size or n, f"data/{cfg.dataset} has no meta.json that tells its vocabulary:"
-                                   f" type --vocab_size=50257 if these are GPT-2's tokens")
+        check(not cfg.eval_only, "nothing to evaluate: type --init_from=MODEL")
+        check(cfg.vocab_size or n, f"no data/{cfg.dataset}/meta.json tells the vocabulary: type "
+                                   f"--vocab_size=50257 if these are GPT-2's tokens")
         torch.manual_seed(cfg.seed)
         model = GPT2(GPT2Config(cfg.block_size, cfg.vocab_size or n, cfg.n_layer, cfg.n_head,
                                 cfg.n_embd, cfg.dropout, mode or cfg.ln_mode))
-    elif source == 'resume':
-        source, ckpt = cfg.out_dir, load_checkpoint(cfg.out_dir)
-        check('on' in ckpt, f"{source}/ckpt.pt is no run's: type --init_from={source}")
-        model = GPT2.from_state(ckpt['model_args'], ckpt['model'], source, mode, cfg.dropout)
     else:
         model = GPT2.from_pretrained(source, mode, cfg.dropout)
-    if source != 'scratch':
+        if cfg.init_from == 'resume' and not cfg.eval_only:
+            ckpt = load_checkpoint(source)
+            check('run' in ckpt, f"{source}/ckpt.pt is no run's: type --init_from={source}")
         for key in {'n_layer', 'n_head', 'n_embd', 'vocab_size'} & cfg.given:
             want, has = getattr(cfg, key), getattr(model.config, key)
             check(want in (has, 0), f"{key} is {want}, but {source} has {has}: leave {key} out")
         if 'block_size' in cfg.given:
             model.crop_block_size(cfg.block_size)
-        size, own = model.config.vocab_size, companions(source)
         # some pad the vocabulary to a multiple of 64 or 128, or add tokens of their own
-        check(not n or n <= size < n + 128, f"data/{cfg.dataset} has {n} tokens of the tokenizer "
-              f"{meta.get('tokenizer')!r}, {source} has {size}: type prepare.py ... "
-              f"--tokenizer={source}")
+        size, own = model.config.vocab_size, companions(source)
+        check(not n or n <= size < n + 128, f"data/{cfg.dataset} has the {n} tokens of "
+              f"{meta.get('tokenizer')!r}, {source} {size}: prepare.py ... --tokenizer={source}")
         files = own if {'tokenizer.json', 'vocab.json'} & own.keys() else files | own
     if meta.get('eot') is not None:
         model.config.eot_token_id = meta['eot']
     model.gradient_checkpointing = cfg.gradient_checkpointing
     return model, ckpt, files
 
-def check_schedule(cfg, model):
-    """Raises UserError for a schedule that cannot run, or not on this model."""
-    before, end, ever = (gates(cfg, it, model.config.n_layer)
-                         for it in (-1, cfg.max_iters - 1, 10 ** 9))
-    check(any(ever[site] for site in model.sites()), "remove_ln=True, but every start_ key is -1")
+def check_schedule(cfg, model, ckpt):
+    """Raises UserError for a schedule that cannot run, not on this model, or not from ckpt on."""
+    sites, n = model.sites(), model.config.n_layer
+    before, last, ever = (gates(cfg, it, n) for it in (-1, cfg.max_iters - 1, 10 ** 9))
+    check(not cfg.remove_ln or any(ever[site] for site in sites), "every start_ key is -1")
     for name in ever:
-        check(end[name] == ever[name], f"{name} ends with a gate of {end[name]:.2f} at max_iters="
+        check(last[name] == ever[name], f"{name} has a gate of {last[name]:.2f} at max_iters="
               f"{cfg.max_iters}: change that, taper_iters or start_")
         check(name in KINDS or before[name] == 0, f"{name} would begin to go before iteration 0")
-    for site, gate in model.sites().items():
-        check(gate in (0, 1), f"init_from={cfg.init_from} stopped while {site} faded: resume it")
-        check(gate == 0 or not ever[site], f"{site} has no LayerNorm in init_from={cfg.init_from}: "
-                                           f"set its start_ to -1")
+    for site in sites if ever and not ckpt else ():
+        check(sites[site] in (0, 1), f"init_from={cfg.init_from} stopped while {site} faded")
+        check(sites[site] == 0 or ever[site] == 0, f"{site} has no LayerNorm in init_from="
+                                                   f"{cfg.init_from}: set its start_ to -1")
+    for it in range(ckpt['iter']) if ckpt else ():
+        past, now = (gates(c, it, n).items() for c in (Config(**ckpt['config']), cfg))
+        check(past == now, f"the schedule of iteration {it} was another, {sorted(past ^ now)[:2]}: "
+                           f"give the run's remove_ln, start_, gap_ and taper_ keys")
 
-def check_resume(cfg, ckpt, data, n_layer):
-    """Raises UserError if the run so far was not one of this config; notes the keys that differ."""
-    done, old = ckpt['iter'], Config(**{k: v for k, v in ckpt['config'].items() if k in KEYS})
-    for it in range(done):
-        past, now = gates(old, it, n_layer), gates(cfg, it, n_layer)
-        differ = [name for name in past | now if past.get(name) != now.get(name)]
-        check(not differ, f"the schedule of iteration {it} was another for {differ[:3]}: give the "
-                          f"run's remove_ln, start_, gap_ and taper_ keys")
-    other = f"or begin another run with --init_from={cfg.out_dir}"
-    check(done <= cfg.max_iters, f"{done} iterations are done: type --max_iters={done} or more")
-    check(ckpt['on'] == data.identity, f"this run is of {ckpt['on']}, not of {data.identity}: put "
-                                       f"the data and windows back, {other}")
-    size = os.path.getsize(log_path(cfg)) if os.path.exists(log_path(cfg)) else 0
-    check(size >= ckpt['log_bytes'], f"{log_path(cfg)} is shorter than ckpt.pt says: put it back, "
-                                     f"{other}")
-    for key, value in asdict(old).items():
-        if value != getattr(cfg, key) and key not in ('init_from', 'out_dir'):
-            print0(f"note: {key} was {value!r} in the checkpoint, now it is {getattr(cfg, key)!r}")
-
-def agree(cfg, data, loaded):
+def agree(cfg, data, models):
     """Raises UserError unless all ranks have the same config, data and loaded models."""
-    weights = [digest(p.detach().flatten().numpy() for p in m.parameters()) for m in loaded]
-    facts, everyone = (repr(cfg), repr(data.identity), repr(weights)), [None] * WORLD
+    weights = [digest(p.detach().flatten().numpy() for p in m.parameters()) for m in models]
+    facts, everyone = {'config': cfg, 'data': data.identity, 'model': weights}, [None] * WORLD
     dist.all_gather_object(everyone, facts)
     for rank, theirs in enumerate(everyone):
-        differ = [name for name, a, b in zip(('config', 'data', 'model'), theirs, everyone[0])
-                  if a != b]
-        check_together(not differ, f"process {rank} has another {' and '.join(differ)} than "
-                                   f"process 0: give all machines the same")
+        differ = ' and '.join(name for name in facts if theirs[name] != everyone[0][name])
+        check_together(not differ, f"process {rank} has another {differ} than process 0: give all "
+                                   f"machines the same")
 
 def check_together(ok, message):
     """check() of what all ranks find alike: rank 0 tells."""
@@ -713,13 +648,16 @@ def claim_out_dir(cfg, state, files):
             wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir,
                        config=asdict(cfg), id=state['run'], resume='allow')
         except Exception as e:      # no package, no login, no network
-            raise UserError(f"wandb: {one_line(e)}: pip install wandb, set WANDB_MODE=offline, or "
-                            f"leave out --wandb_log")
-    os.makedirs(os.path.realpath(cfg.out_dir), exist_ok=True)   # also where a link leads nowhere
+            raise UserError(f"wandb: {one_line(e)}: install it, or leave out --wandb_log")
+    os.makedirs(os.path.realpath(cfg.out_dir), exist_ok=True)       # a link may lead nowhere yet
     for name, content in files.items():
         write(os.path.join(cfg.out_dir, 'tokenizer', name), content)
     with open(log_path(cfg), 'a') as f:
         f.truncate(state['log_bytes'])      # what came later will happen again
+
+def save(cfg, raw, optimizer, state):
+    state['log_bytes'] = os.path.getsize(log_path(cfg))
+    save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), config=asdict(cfg), **state)
 
 # -----------------------------------------------------------------------------
 # On the way: what is printed and logged, and what goes wrong in a night.
@@ -727,15 +665,13 @@ def claim_out_dir(cfg, state, files):
 @contextlib.contextmanager
 def stop_signals():
     """Yields the list of signals received so far; each asks the run to finish the iteration and
-    save. A second Ctrl-C, later, stops at once. Afterwards the old handlers are back."""
-    asked, old, t0 = [], {}, time.time()
+    save. A third Ctrl-C stops at once. Afterwards the old handlers are back."""
+    asked, old = [], {}
 
     def ask(number, frame):
-        nonlocal t0     # torchrun passes a Ctrl-C on, so that two come within a moment
-        if number == signal.SIGINT and asked and time.time() - t0 > 1:
-            raise KeyboardInterrupt
-        t0 = t0 if asked else time.time()
         asked.append(number)
+        if asked.count(signal.SIGINT) > 2:      # torchrun passes a Ctrl-C on, so that one is two
+            raise KeyboardInterrupt
     # what terminals, kill and schedulers send; nohup and & ignore some, and so do we
     for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'):
         number = getattr(signal, name, None)
@@ -778,41 +714,29 @@ def read_log(out_dir, event):
     check(entries, f"{path} has no {event!r} entry: expected the log of a finished run")
     return entries
 
-def save(cfg, raw, optimizer, state):
-    if RANK == 0:
-        state['log_bytes'] = os.path.getsize(log_path(cfg))
-        save_checkpoint(cfg.out_dir, raw, optimizer=optimizer.state_dict(), config=asdict(cfg),
-                        **state)
-
-# dense bf16 peaks in FLOPs a second, by the datasheets
-PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'RTX 4090': 165e12}
-
-def progress(cfg, it, raw, loss, more, speed, seconds):
-    """Logs and prints a step: its loss, `speed` in tokens a second, the seconds until the end."""
-    gpu, lr = torch.cuda.get_device_name() if raw.wte.weight.is_cuda else '', get_lr(cfg, it)
-    for peak in [flops * WORLD for name, flops in PEAK.items() if name in gpu][:1]:
-        more = more | {'mfu': speed * raw.flops_per_token() / peak}
-    log(cfg, event='train', iter=it, loss=loss, lr=lr, tok_per_s=round(speed, 1), **more)
-    print0(f"iter {it:>6} | loss {loss:.4f} | lr {lr:.2e} | {speed:>11,.0f} tok/s"
-           + ''.join(f" | {name} {value:.4f}" for name, value in more.items())
+def progress(cfg, it, raw, losses, speed, seconds):
+    """Logs and prints a step: its losses, `speed` in tokens a second, the seconds until the end."""
+    lr = get_lr(cfg, it)
+    log(cfg, event='train', iter=it, **losses, lr=lr, tok_per_s=round(speed, 1))
+    print0(f"iter {it:>6} | " + ''.join(f"{name} {loss:.4f} | " for name, loss in losses.items())
+           + f"lr {lr:.2e} | {speed:>11,.0f} tok/s"
            + (f" | LN sites left {len(raw.sites_left()):>3}" if cfg.remove_ln else '')
            + f" | {timedelta(seconds=int(seconds))} left")
 
-def evaluate(cfg, it, forward, raw, data):
+def evaluate(cfg, it, raw, forward, data):
     """The validation loss after `it` iterations, logged."""
-    raw.eval()
-    loss, _ = validate(forward, data)
-    log(cfg, event='eval', iter=it, val_loss=loss, tokens=it * cfg.batch_tokens,
-        dataset=cfg.dataset, on=data.identity)
-    print0(f"iter {it:>6} | val loss {loss:.4f} nats per {data.noun}")
+    loss, error = validate(raw, forward, data)
+    if not cfg.eval_only:
+        log(cfg, event='eval', iter=it, val_loss=loss, tokens=it * cfg.batch_tokens,
+            dataset=cfg.dataset, of=data.identity)
+    print0(f"iter {it:>6} | val loss {loss:.4f} nats per {data.noun}, standard error {error:.4f}; "
+           f"{len(data.starts):,} windows of {data.T}")
+    check_together(math.isfinite(loss), "the model gives NaN or infinite logits")
     return loss
 
 def guard(cfg, it, loss, level, since):
     """-> (the lowest loss so far; the iteration since when the loss is guard_nats above it, or -1).
-
-    Raises UserError if the run has diverged. A spike may pass while there is time to recover; what
-    is high at the end is neither saved nor handed over.
-    """
+    UserError if that lasts, or is so at the end: it is neither saved nor handed over."""
     level = min(level, loss)
     if loss <= level + (cfg.guard_nats or math.inf):
         return level, -1
@@ -824,27 +748,19 @@ def guard(cfg, it, loss, level, since):
                    f"wider gaps, more iterations or a lower rate")
     return level, since
 
-NAMES = {'bos': 'position 0', 'eot': 'end-of-text'}
-STEEP, GIANT = 5, 10    # a growth in one iteration, and a std left at the end, that are told
-
-def log_giant(cfg, it, forward, raw, data):
-    """{kind: {LN: its std, times the ordinary one}}, measured on the validation windows; logged."""
-    stds = measure(forward, raw, ((x, y) for _, x, y in data.windows()))
+def log_giant(cfg, it, raw, forward, data):
+    """{kind: {LN: its std, times the ordinary one}}, measured on the validation windows; logged.
+    Tells of a fade that would multiply what such a token feeds by more than 5 in an iteration."""
+    stds = measure(raw, forward, ((x, y) for _, x, y in data.windows()))
     times = (stds / stds[:, TOKEN:TOKEN + 1]).T.tolist()
     ratios = {KINDS[k]: dict(zip(raw.layernorms(), times[k])) for k in (BOS, EOT)}
     log(cfg, event='giant', iter=it, **ratios)
-    return ratios
-
-def warn_of_steep_steps(cfg, ratios):
-    """Tells, before it happens, what a fade does to a giant vector of r times the ordinary std."""
-    n = max(cfg.taper_iters, 1)
-    for kind, name in NAMES.items():
-        r, start = max(ratios[kind].values()), getattr(cfg, f'start_{kind}')
-        fed = [1 + (r - 1) * fade(k / n) for k in range(n + 1)]
-        factor = max(after / before for before, after in zip(fed, fed[1:]))
-        if start >= 0 and factor > STEEP:
-            print0(f"warning: the std at {name} is {r:.0f} times the ordinary one; one iteration "
-                   f"of a fade multiplies what it feeds by {factor:.0f}: type --taper_iters=20")
+    r, n = max(max(ratios[k].values()) for k in ratios), max(cfg.taper_iters, 1)
+    fed = [1 + (r - 1) * fade(k / n) for k in range(n + 1)]
+    steepest = max(after / before for before, after in zip(fed, fed[1:]))
+    if it == 0 and steepest > 5:
+        print0(f"warning: a giant vector, {r:.0f} times the ordinary std: an iteration of a fade "
+               f"multiplies what it feeds by up to {steepest:.0f}: type --taper_iters=20")
 
 # -----------------------------------------------------------------------------
 # Handing over. The model is written first: nothing that is printed later can cost it.
@@ -853,79 +769,50 @@ CARD = """---
 library_name: transformers
 tags: [gpt2, interpretability, layernorm-free]
 ---
-# A GPT-2 without LayerNorm
+# A GPT-2 without LayerNorm (arXiv 2409.13710)
 
-Trained from {base}, then freed of every LayerNorm ([arXiv 2409.13710](https://arxiv.org/abs/\
-2409.13710)). The modules are still there, but with `layer_norm_epsilon` 1e12 each divides by 1e6,
-whatever the token. **A tool that sets its own epsilon computes nonsense without an error**: after
-TransformerLens' `HookedTransformer.from_pretrained` type
-`for m in model.modules(): if hasattr(m, 'eps'): m.eps = 1e12`. Weights of 1e6 do not fit float16.
-
-```
-{report}
-```
-
-{settings} ({today})
+The LayerNorm modules are still there, but with `layer_norm_epsilon` 1e12 each divides by 1e6,
+whatever the token. **A tool that sets its own epsilon computes nonsense without an error.** Behind
+TransformerLens' `HookedTransformer.from_pretrained` type `for m in model.modules(): if hasattr(m,
+'eps'): m.eps = 1e12`. Weights of 1e6 do not fit float16.
 """
 
-def hand_over(cfg, raw, data, files, base):
-    """Writes hf/ if no LayerNorm is left; prints the result."""
-    written = os.path.join(cfg.out_dir, 'ckpt.pt')
+def hand_over(cfg, raw, data, files):
+    """Writes hf/ if no LayerNorm is left, and its card; prints the result."""
+    hf, written = os.path.join(cfg.out_dir, 'hf'), os.path.join(cfg.out_dir, 'ckpt.pt')
     if cfg.remove_ln:
-        torch.set_float32_matmul_precision('highest')       # TF32 would drown the difference
         try:
-            folded = raw.eval().fold_ln()
+            raw.fold_ln()
         except UserError as e:
-            folded = None
             print0(f"no LN-free model to hand over: {e}")
-        if folded:
-            written = write_hf(cfg, raw, folded, data, files)
+        else:
+            if os.path.exists(hf):      # resumed after its end: somebody may have edited it
+                os.rename(hf, f'{hf}.{time.time():.0f}')
+            raw.save_pretrained(hf, files)
+            written = hf
         lines = report(cfg, raw, data)
         print0(f"\n{lines}")
-        if folded:
-            settings = ', '.join(f"{name}={getattr(cfg, name)}" for name, key in KEYS.items()
-                                 if name in cfg.given and key.type is not str)
-            text = CARD.format(base=base, report=lines, settings=settings, today=date.today())
-            write(os.path.join(written, 'README.md'), text.encode())
+        if written == hf:
+            write(os.path.join(hf, 'README.md'), f"{CARD}\n```\n{lines}\n```\n".encode())
     print0(f"written: {written}")
-
-def write_hf(cfg, raw, folded, data, files):
-    """-> out_dir/hf. UserError, and nothing written, if the folded logits are not the unfolded."""
-    hf, x = os.path.join(cfg.out_dir, 'hf'), next(data.windows())[1][:4]
-    with torch.no_grad():
-        logits = raw(x)[0]
-        diff, scale = (folded(x)[0] - logits).abs().max().item(), logits.abs().max().item()
-    # far above float32 rounding; also catches NaN
-    check(diff <= 1e-3 * max(scale, 1), f"nothing is handed over: the folded logits differ by "
-                                        f"{diff:.2g} (largest {scale:.3g}); ckpt.pt is as it was")
-    if os.path.exists(hf):          # resumed after its end: somebody may have edited what is there
-        os.rename(hf, f'{hf}.{time.time():.0f}')
-        print0(f"note: {hf} was there already, and has the time added to its name")
-    raw.save_pretrained(hf, files)
-    print0(f"folded and unfolded logits differ by {diff:.1e} at most (largest logit {scale:.1f})")
-    return hf
 
 def report(cfg, raw, data):
     """The result, as text: before, the control where there is one, after; the giant vector."""
     own, looks = (read_log(cfg.out_dir, event) for event in ('eval', 'giant'))
-    sites, left = raw.sites(), len(raw.sites_left())
-    table = gates(cfg, cfg.max_iters, raw.config.n_layer)
-    rows = [('pre-trained', own[0]['val_loss'], left + sum(table[site] > 0 for site in sites))]
+    left, losses = len(raw.sites_left()), {'pre-trained': own[0]['val_loss']}
     if cfg.control:
-        rows.append(('control (LN kept)', read_log(cfg.control, 'eval')[-1]['val_loss'], rows[0][2]))
-    rows.append(('LN removed' if left else 'LN-free', own[-1]['val_loss'], left))
-    nats, gap = f'val nats/{data.noun}', 'gap to control' if cfg.control else ''
-    lines = [f"{'':<28}{nats:>16}{gap:>16}{'LN sites left':>16}"]
-    for name, loss, n in rows:
-        gap = f"{loss - rows[1][1]:+.4f}" if cfg.control and name != 'pre-trained' else ''
-        lines.append(f"{name:<28}{loss:>16.4f}{gap:>16}{n:>16}")
-    for kind, name in NAMES.items():
-        before, after = (max(look[kind].values()) for look in (looks[0], looks[-1]))
-        lines.append(f"largest std at {name}, in ordinary tokens' stds: {before:.1f} before, "
-                     f"{after:.1f} after")
-        if after > GIANT and not left:
-            lines.append(f"warning: a giant vector is left at {name}: the model may explode on "
-                         f"rare input; train longer, or raise giant_loss_weight")
+        losses['control (LN kept)'] = read_log(cfg.control, 'eval')[-1]['val_loss']
+    losses[f'{left} LN sites left' if left else 'LN-free'] = own[-1]['val_loss']
+    lines = [f"{cfg.dataset:<20}{f'val nats/{data.noun}':>16}{'gap to control':>16}"]
+    for name, loss in losses.items():
+        gap = f"{loss - losses['control (LN kept)']:+.4f}" if cfg.control else ''
+        lines.append(f"{name:<20}{loss:>16.4f}{gap if name != 'pre-trained' else '':>16}")
+    for kind, name in (('bos', 'position 0'), ('eot', 'end-of-text')):
+        was, now = (max(look[kind].values()) for look in (looks[0], looks[-1]))
+        lines.append(f"largest std at {name}, times the ordinary: {was:.1f} before, {now:.1f} now")
+        if now > 10 and not left:
+            lines.append("warning: that is a giant vector, on which the model may explode: train "
+                         "longer, or raise giant_loss_weight")
     return '\n'.join(lines)
 
 if __name__ == '__main__':
