@@ -16,7 +16,6 @@ Two conventions are in use. (Published for GPT-2 small: 28.59%, 29.55% and 28.92
                  harness_acc: the same sum; harness_acc_norm: the sum over the ending's characters.
 """
 import argparse
-import atexit
 import json
 import os
 import re
@@ -31,13 +30,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import GPT2, UserError, check, command, companions, one_line, probe, write
-from prepare import get_tokenizer, vocabulary
+from model import (LOCAL_RANK, RANK, WORLD, GPT2, UserError, check, command, companions,
+                   join_processes, one_line, write)
+from prepare import get_tokenizer
 
 URL = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
 QUESTIONS = 10042
 FILE = os.path.join('data', 'hellaswag_val.jsonl')
-RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 STYLES = ('completion', 'harness')
 
 # -----------------------------------------------------------------------------
@@ -143,7 +142,7 @@ def download(url, path):
         except (requests.RequestException, UserError) as e:
             reason = one_line(e)
             if isinstance(e, requests.HTTPError) and e.response.status_code < 500:
-                break       # not there, or not for us: asking again does not help
+                break       # a 4xx: do not retry
             time.sleep(seconds)
     raise UserError(f"cannot download the questions ({reason}): put the official file at {path} "
                     f"or type --data=FILE.jsonl")
@@ -162,10 +161,10 @@ def main(argv):
     o = parser.parse_args(argv)
     check(o.limit is None or o.limit > 0, f"--limit={o.limit}: expected a whole number from 1")
     if o.device == 'cuda':
-        o.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        o.device = f'cuda:{LOCAL_RANK}'
         torch.set_float32_matmul_precision('highest')
     model = GPT2.from_pretrained(o.model).eval().to(o.device)
-    size, own = model.config.vocab_size, vocabulary(companions(o.model))
+    size, own = model.config.vocab_size, 'tokenizer.json' in companions(o.model)
     gpt2 = 50257 <= size < 50257 + 128      # some pad it to a multiple of 64 or 128
     check(own or gpt2 or size == 257, f"{o.model} has {size} tokens and no tokenizer; GPT-2 has "
                                       f"50257: put its tokenizer.json into its folder")
@@ -173,11 +172,11 @@ def main(argv):
     if o.data == FILE and RANK == 0 and not os.path.exists(FILE):
         download(URL, FILE)
     if WORLD > 1:
-        dist.init_process_group('gloo')     # so that all wait for the file
-        atexit.register(dist.destroy_process_group)
+        join_processes()    # so that all wait for the file
     questions = parse(Path(o.data).read_bytes(), o.data, o.limit)
-    if o.json and RANK == 0:
-        probe(o.json)
+    if o.json and RANK == 0:        # before the work, not after it
+        check(not os.path.isdir(o.json), f"--json={o.json} is a folder; expected a file")
+        os.makedirs(os.path.dirname(os.path.abspath(o.json)), exist_ok=True)
     t0, n = time.time(), len(questions)
     found = torch.zeros(n, 2, 4, 3, dtype=torch.float64)
     for i in tqdm(range(RANK, n, WORLD), unit=' questions', disable=None if RANK == 0 else True):

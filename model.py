@@ -4,9 +4,7 @@ then folding, loading and saving.
 
     model = GPT2.from_pretrained('gpt2', ln_mode='fake')    # a hub id, a folder or a run's out_dir
     logits, loss = model(idx, targets)                      # idx, targets: (B, T) int64
-    python model.py MODEL FOLDER [--folded] [--float16]     # writes MODEL as a Hugging Face folder
-        --folded     with the constants of an LN-free model folded into its weights
-        --float16    the same, in numbers that fit float16 (see save_pretrained)
+    model.fold_ln().save_pretrained(folder)                 # Hugging Face layout, LN folded away
 
 The method: Heimersheim 2024, arXiv 2409.13710, and Baroni et al. 2025, arXiv 2507.02559.
 """
@@ -53,12 +51,12 @@ class GPT2Config:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             n = getattr(self, name)
             check(type(n) is int and n >= 1, f"{name} is {n!r}; expected a whole number from 1")
-        check(self.n_embd % self.n_head == 0,
-              f"n_embd is {self.n_embd}; expected a multiple of n_head, {self.n_head}")
-        mode, eps = self.ln_mode, self.layer_norm_epsilon
-        check(mode in ('real', 'fake', 'none'), f"ln_mode is {mode!r}; try real, fake or none")
-        check(eps > 0, f"layer_norm_epsilon is {eps!r}; expected a number above 0")
-        self.tie_word_embeddings &= mode != 'none'
+        check(self.n_embd % self.n_head == 0, f"n_embd is {self.n_embd}; expected a multiple of "
+                                              f"n_head, {self.n_head}")
+        check(self.ln_mode in ('real', 'fake', 'none'), f"ln_mode is {self.ln_mode!r}; expected "
+                                                        f"real, fake or none")
+        check(self.layer_norm_epsilon > 0, "layer_norm_epsilon: expected a number above 0")
+        self.tie_word_embeddings &= self.ln_mode != 'none'
         if self.eot_token_id is None:
             self.eot_token_id = min(50256, self.vocab_size - 1)
 
@@ -197,8 +195,8 @@ class GPT2(nn.Module):
     def forward(self, idx, targets=None, return_stds=False):
         """idx (B, T) int64 -> logits (B, T, vocab), cross-entropy in nats (None without targets).
 
-        Targets of -1 are left out of its mean, which is 0 without any other. `return_stds` adds sigma of the input of each of
-        `layernorms()`, (B, T), differentiable. Raises UserError if T exceeds block_size.
+        Targets of -1 are left out of its mean (0 without any other). `return_stds` adds sigma of
+        the input of each of `layernorms()`, (B, T). Raises UserError if T exceeds block_size.
         """
         T, most = idx.shape[1], self.config.block_size
         check(T <= most, f"got {T} tokens; the model's context is {most}")
@@ -230,16 +228,10 @@ class GPT2(nn.Module):
         """Parameters, the tied unembedding counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self):
-        """In training: 6N + 12LCT (PaLM, arXiv 2204.02311, app. B); N parameters multiply."""
-        c, parts = self.config, (self.h, self.ln_f, self.lm_head)
-        n = sum(p.numel() for part in parts for p in part.parameters())
-        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
-
     def crop_block_size(self, block_size):
         """Shortens the context to block_size tokens, by dropping the last position embeddings."""
-        n = self.config.block_size
-        check(block_size <= n, f"block_size is {block_size}: type --block_size={n} or less")
+        check(1 <= block_size <= self.config.block_size,
+              f"block_size is {block_size}; expected 1 to {self.config.block_size}")
         self.config.block_size = self.wpe.num_embeddings = block_size
         self.wpe.weight = nn.Parameter(self.wpe.weight[:block_size].detach().clone())
 
@@ -422,9 +414,9 @@ def local_folder(name):
     wanted = ['config.json', *COMPANIONS, 'model*.safetensors*']
     try:
         folder = snapshot_download(name, allow_patterns=wanted)
-        if not any(Path(folder).glob('*.safetensors')):
-            snapshot_download(name, allow_patterns=[*wanted, 'pytorch_model*.bin*'])
-        return folder
+        if any(Path(folder).glob('*.safetensors')):
+            return folder
+        return snapshot_download(name, allow_patterns=[*wanted, 'pytorch_model*.bin*'])
     except Exception as e:      # the many ways of not being there: offline, unknown, private
         raise UserError(f"{name} is no folder here, and no model on the hub ({one_line(e)})")
 
@@ -436,19 +428,21 @@ def companions(source):
     return {f.name: f.read_bytes() for pattern in COMPANIONS
             for f in sorted(folder.glob(pattern)) if f.is_file()}
 
+ONLY = {    # what would change the computation
+    'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
+    'tie_word_embeddings': [True, False], 'scale_attn_weights': [True],
+    'scale_attn_by_inverse_layer_idx': [False], 'num_attention_heads': [None],
+    'num_hidden_layers': [None]}
+
 def _read_folder(folder):
     """-> (GPT2Config's fields, state dict under our names); config.json's defaults are ours."""
     folder = Path(folder)
     try:
         hf = {'bos_token_id': 50256, 'eos_token_id': 50256}
         hf.update(json.loads((folder / 'config.json').read_bytes()))
-        for key, good in {      # what would change the computation
-                'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
-                'n_inner': [None, 4 * hf.get('n_embd', 768)], 'tie_word_embeddings': [True, False],
-                'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False],
-                'num_attention_heads': [None], 'num_hidden_layers': [None]}.items():
-            check(hf.get(key, good[0]) in good,
-                  f"config.json: {key} is {hf.get(key)!r}; expected {good[0]!r}")
+        for key, good in (ONLY | {'n_inner': [None, 4 * hf.get('n_embd', 768)]}).items():
+            check(hf.get(key, good[0]) in good, f"config.json: {key} is {hf.get(key)!r}; expected "
+                                                f"{good[0]!r}")
         args = {k: hf.pop(k) for k in SAME if k in hf}
         args |= {'block_size': hf.pop('n_positions', 1024), 'hf': hf}
         eot = hf['eos_token_id']
@@ -457,12 +451,13 @@ def _read_folder(folder):
             args['eot_token_id'] = eot
         for stale in ('n_ctx', 'n_inner', 'torch_dtype', 'transformers_version'):
             hf.pop(stale, None)
-        sd, names = {}, ('model.safetensors', 'pytorch_model.bin')
-        files = [f for n in names for f in (n, f'{n}.index.json') if (folder / f).exists()]
-        check(files, "it has neither model.safetensors nor pytorch_model.bin")
-        shards = {files[0]}
-        if files[0].endswith('.json'):
-            shards = {*json.loads((folder / files[0]).read_bytes())['weight_map'].values()}
+        names = [folder / n for n in ('model.safetensors', 'model.safetensors.index.json',
+                                      'pytorch_model.bin', 'pytorch_model.bin.index.json')]
+        first = next((path for path in names if path.exists()), None)
+        check(first, "it has neither model.safetensors nor pytorch_model.bin")
+        shards, sd = {first.name}, {}
+        if first.suffix == '.json':
+            shards = {*json.loads(first.read_bytes())['weight_map'].values()}
         for path in (folder / shard for shard in shards):
             sd.update(load_file(path) if path.suffix == '.safetensors' else
                       torch.load(path, map_location='cpu', weights_only=True))
@@ -477,9 +472,9 @@ def _read_folder(folder):
 def write(path, content):
     """Writes bytes, or what content(path) writes, whole or not at all. Follows links."""
     path = os.path.realpath(path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     tmp = path + '.partial'
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         content(tmp) if callable(content) else Path(tmp).write_bytes(content)
         with open(tmp, 'r+b') as f:     # Windows syncs only what may be written
             try:
@@ -515,8 +510,8 @@ def load_checkpoint(out_dir):
 def place():
     """-> (RANK, LOCAL_RANK, WORLD_SIZE) of torchrun; (0, 0, 1) for a process alone, whatever
     another launch has left in the environment."""
-    rank, local, world = (int(os.environ.get(k) or n) for k, n in
-                          (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    names = {'RANK': 0, 'LOCAL_RANK': 0, 'WORLD_SIZE': 1}
+    rank, local, world = (int(os.environ.get(name) or n) for name, n in names.items())
     return (rank, local, world) if world > 1 else (0, 0, 1)
 
 RANK, LOCAL_RANK, WORLD = place()
@@ -534,13 +529,12 @@ def one_line(e, most=300):
     """An exception's message on one line, of at most so many characters."""
     return ' '.join(str(e).split())[:most] or type(e).__name__
 
-MEMORY = "out of memory|ALLOC_FAILED|can't allocate memory|not enough memory"
-
 def trouble(e):
     """What to tell a person of an exception, on one line; None for a fault of the program."""
-    if isinstance(e, (UserError, OSError)):
+    memory = re.search("out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", str(e))
+    if isinstance(e, (UserError, OSError, ImportError)):
         return one_line(e, None)
-    if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search(MEMORY, str(e)):
+    if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and memory:
         return f"out of memory ({one_line(e)})"
     if type(e).__module__.startswith(('torch._inductor', 'torch._dynamo')):
         return f"torch.compile failed; it needs a C++ compiler and one graph ({one_line(e)})"
@@ -566,18 +560,3 @@ def command(main):
             print(f"{Path(main.__code__.co_filename).name}: {told}", file=sys.stderr)
         sys.exit(status)
     return wrapped
-
-@command
-def main(argv):
-    flags = {a for a in argv if a.startswith('--')}
-    names = [os.path.expanduser(a) for a in argv if a not in flags]
-    check(len(names) == 2 and all(names) and flags <= {'--folded', '--float16'},
-          f"got {' '.join(argv)}; expected MODEL FOLDER [--folded] [--float16]")
-    source, folder = names
-    check(not os.path.exists(folder), f"{folder} exists: choose another name, or move it away")
-    model = GPT2.from_pretrained(source, 'none' if flags else None)
-    model.save_pretrained(folder, companions(source), 1e8 if '--float16' in flags else HF_EPS)
-    print(f"{folder}: {model.num_params():,} parameters, {len(model.sites_left())} LN sites")
-
-if __name__ == '__main__':
-    main()
