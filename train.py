@@ -13,6 +13,7 @@ and a resumed run continues as if never stopped. out_dir holds ckpt.pt, log.json
 a line) and, after a removal, hf/: the LN-free model. The keys are the fields of Config.
 """
 import ast
+import builtins
 import contextlib
 import difflib
 import hashlib
@@ -23,7 +24,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from datetime import date, timedelta
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -86,7 +87,7 @@ class Config:
     start_bos: int = 0              # position 0
     taper_iters: int = 0            # how long a site takes to fade, and a merge; 0: abrupt
     aux_loss_weight: float = 0.0    # holds the std before ln_f near its mean; in a removal only
-    giant_loss_weight: float = 0.0  # draws special tokens' stds to the ordinary; in a removal only
+    giant_loss_weight: float = 0.0  # shrinks the special tokens' std; in a removal only
     # a teacher that kept its LayerNorm
     teacher: str = ''               # a hub id, a folder, an out_dir
     distil: float = 0.5             # the share of the loss that is KL(teacher || model)
@@ -107,7 +108,7 @@ def load_config(argv):
     """Config files and --key=value, the later one wins -> Config; its `given` names what they set.
 
     A config file is Python that assigns keys; it knows the defaults and what files before it
-    assigned. Names with an underscore in front are its own.
+    assigned. Modules, functions and names with an underscore in front are its own.
     """
     given = {}
     for arg in argv:
@@ -119,16 +120,15 @@ def load_config(argv):
                     value = ast.literal_eval(value)
             found = {name: value}
         else:
-            names = {name: key.default for name, key in KEYS.items()} | given
-            names['__file__'] = os.path.abspath(arg)
+            known = {name: key.default for name, key in KEYS.items()} | given
+            # what it knows are builtins to it: so its own names are those that it assigns
+            own = {'__file__': os.path.abspath(arg), '__builtins__': vars(builtins) | known}
             try:
-                tree = ast.parse(Path(arg).read_text('utf-8-sig'))
-                exec(compile(tree, arg, 'exec'), names)
+                exec(compile(Path(arg).read_text('utf-8-sig'), arg, 'exec'), own)
             except Exception as e:      # it is a program, and may fail in any way
                 raise UserError(f"{arg}: {type(e).__name__}: {one_line(e)}")
-            stored = [node.id for node in ast.walk(tree)
-                      if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
-            found = {name: names[name] for name in stored if name in names and name[0] != '_'}
+            found = {name: value for name, value in own.items() if name[0] != '_'
+                     and not callable(value) and type(value) is not type(ast)}
         for name, value in found.items():
             near = difflib.get_close_matches(name, KEYS, 1, 0)
             check(name in KEYS, f"{arg}: unknown key {name!r}; did you mean {near}?")
@@ -219,14 +219,20 @@ def measure(model, forward, batches):
     mean = sums / counts.clamp(min=1)
     return torch.where(counts > 0, mean, mean[:, TOKEN:TOKEN + 1])
 
-def spread(std, mask):
-    """The auxiliary loss: how far std (B, T) is from its mean over the masked tokens, squared.
+def std_losses(stds, kinds):
+    """-> (auxiliary loss, giant loss), from sigma (B, T) of each LN's input and kinds (B, T).
 
-    Both means are taken in each sequence, so that batch_size and ranks do not change them.
+    The first: how far the std before ln_f is from its mean over ordinary tokens, squared. The
+    second, summed over the special tokens: the squared logarithm of their std over that mean, where
+    it is above. Means are a sequence's own, so that batch_size and ranks do not change them.
     """
-    n = mask.sum(1).clamp(min=1)
-    mean = (std.detach() * mask).sum(1) / n
-    return (((std - mean[:, None]).square() * mask).sum(1) / n).mean()
+    std, ordinary = torch.stack(stds), kinds == TOKEN           # (n_LN, B, T), (B, T)
+    n = ordinary.sum(-1).clamp(min=1)
+    mean = (std.detach() * ordinary).sum(-1) / n                # (n_LN, B)
+    mean = mean.masked_fill(mean == 0, 1)       # of a sequence without ordinary tokens
+    spread = (std[-1] - mean[-1, :, None]).square() * ordinary
+    giant = (std / mean[..., None]).log().clamp(min=0).square() * ~ordinary
+    return (spread.sum(-1) / n).mean(), giant.sum(-1).mean()
 
 # -----------------------------------------------------------------------------
 # Data.
@@ -389,8 +395,9 @@ def step(cfg, it, model, raw, optimizer, data, autocast, distil=None):
             loss = loss * told
             if distil:
                 loss = (1 - cfg.distil) * loss + cfg.distil * share * kl
-            if cfg.remove_ln and cfg.aux_loss_weight:
-                loss = loss + share * cfg.aux_loss_weight * spread(stds[-1], raw.kinds(x) == TOKEN)
+            if cfg.remove_ln and (cfg.aux_loss_weight or cfg.giant_loss_weight):
+                aux, giant = std_losses(stds, raw.kinds(x))
+                loss = loss + share * (cfg.aux_loss_weight * aux + cfg.giant_loss_weight * giant)
         (loss * WORLD).backward()       # DDP takes the mean over ranks; we want the sum
     norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or math.inf)
     optimizer.step()

@@ -24,3 +24,4 @@ start_ln1v = 68
 gap_ln1v = 8
 start_lnf = 100
 taper_iters = 20
+giant_loss_weight = 0.1

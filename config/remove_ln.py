@@ -35,3 +35,4 @@ gap_ln1v = 30
 start_lnf = 1040
 taper_iters = 20
 aux_loss_weight = 0.1
+giant_loss_weight = 0.1

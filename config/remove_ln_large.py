@@ -1,31 +1,16 @@
 """
-The follow-up's run (arXiv 2507.02559) for GPT-2 large, as published: 36 layers, 600 iterations
-of 0.5M tokens.
+The follow-up's run for GPT-2 large: 36 layers. What is not here is config/remove_ln_fast.py's.
 
     torchrun --nproc_per_node=8 train.py config/remove_ln_large.py
-
-Ours: each site fades over 20 iterations instead of going at once; dropout is off (theirs: 0.1).
 """
+from pathlib import Path as _Path
+
+exec(_Path(__file__).with_name('remove_ln_fast.py').read_text())
 out_dir = 'out/remove_ln_large'
 init_from = 'gpt2-large'
-dataset = 'openwebtext'
 batch_size = 4
-batch_tokens = 512 * 1024
-max_iters = 600
-lr_decay_iters = 1200
-learning_rate = 3e-4
-min_lr = 4e-5
-warmup_iters = 15
-weight_decay = 0.01
-beta2 = 0.999
-eval_interval = 50
-
-remove_ln = True
-start_ln2 = 30
-gap_ln2 = gap_ln1qk = 4
-start_ln1qk = start_ln2 + 36 * gap_ln2
-start_ln1v = start_ln1qk + 36 * gap_ln1qk
-gap_ln1v = 6
-start_lnf = start_ln1v + 36 * gap_ln1v
-taper_iters = 20
+max_iters, lr_decay_iters = 600, 1200
+learning_rate, min_lr, warmup_iters = 3e-4, 4e-5, 15
 aux_loss_weight = 0.03
+(start_ln2, start_ln1qk, start_ln1v, start_lnf,
+ gap_ln2, gap_ln1qk, gap_ln1v) = _pace(layers=36, start=30, gap=4)
