@@ -416,7 +416,7 @@ def train(cfg):
     state |= {key: ckpt[key] for key in state if ckpt}
     if WORLD > 1:
         join_processes('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
-        agree(cfg, data, [m for m in (raw, teacher) if m and (m is teacher or ckpt)])
+        agree(cfg, data, [raw, teacher] if cfg.init_from != 'scratch' else [teacher])
     raw.to(device)
     optimized = partial(torch.compile, fullgraph=True, disable=not compiled)
     # two graphs: this one, without dropout, evaluates and measures; the other trains
@@ -537,8 +537,9 @@ def open_all(cfg, device):
     meta = folder / 'meta.json'     # bins of another program have none
     try:
         meta = json.loads(meta.read_text('utf-8-sig')) if meta.exists() else {}
-    except ValueError:
-        raise UserError(f"{meta} is damaged: prepare the data again")
+        check(not meta or {'vocab_size', 'train', 'val'} <= {*meta}, "it lacks counts")
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{meta} is damaged ({one_line(e)}): prepare the data again")
     raw, ckpt, files = load_model(cfg, meta)
     data, size = Data(cfg, meta, raw.config, device), raw.config.vocab_size
     if cfg.eval_only:
@@ -575,17 +576,17 @@ def load_model(cfg, meta):
     source = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
     files = companions(folder) if os.path.isdir(folder) else {}
     if source == 'scratch':
-        check(not cfg.eval_only, "nothing to evaluate: type --init_from=MODEL")
-        check(cfg.vocab_size or n, f"no data/{cfg.dataset}/meta.json tells the vocabulary: type "
-                                   f"--vocab_size=50257 if these are GPT-2's tokens")
+        check(cfg.vocab_size or n, "no meta.json: type --vocab_size=50257 if this is GPT-2's data")
         torch.manual_seed(cfg.seed)
         model = GPT2(GPT2Config(cfg.block_size, cfg.vocab_size or n, cfg.n_layer, cfg.n_head,
                                 cfg.n_embd, cfg.dropout, mode or cfg.ln_mode))
     else:
-        model = GPT2.from_pretrained(source, mode, cfg.dropout)
         if cfg.init_from == 'resume' and not cfg.eval_only:
             ckpt = load_checkpoint(source)
             check('run' in ckpt, f"{source}/ckpt.pt is no run's: type --init_from={source}")
+            model = GPT2.from_state(ckpt['model_args'], ckpt['model'], source, mode, cfg.dropout)
+        else:
+            model = GPT2.from_pretrained(source, mode, cfg.dropout)
         for key in {'n_layer', 'n_head', 'n_embd', 'vocab_size'} & cfg.given:
             want, has = getattr(cfg, key), getattr(model.config, key)
             check(want in (has, 0), f"{key} is {want}, but {source} has {has}: leave {key} out")
@@ -621,13 +622,14 @@ def check_schedule(cfg, model, ckpt):
 
 def agree(cfg, data, models):
     """Raises UserError unless all ranks have the same config, data and loaded models."""
-    weights = [digest(p.detach().flatten().numpy() for p in m.parameters()) for m in models]
-    facts, everyone = {'config': cfg, 'data': data.identity, 'model': weights}, [None] * WORLD
-    dist.all_gather_object(everyone, facts)
+    mine = repr(cfg), data.identity, *(digest(p.detach().flatten().numpy() for p in m.parameters())
+                                       for m in models if m)
+    everyone = [None] * WORLD
+    dist.all_gather_object(everyone, mine)
     for rank, theirs in enumerate(everyone):
-        differ = ' and '.join(name for name in facts if theirs[name] != everyone[0][name])
-        check_together(not differ, f"process {rank} has another {differ} than process 0: give all "
-                                   f"machines the same")
+        differ = [b for a, b in zip(everyone[0], theirs) if a != b]
+        check_together(not differ, f"process {rank} has another config, data or model than process "
+                                   f"0: {differ}: give all machines the same")
 
 def check_together(ok, message):
     """check() of what all ranks find alike: rank 0 tells."""
