@@ -247,7 +247,8 @@ class Data:
         self.noun = 'byte' if meta.get('tokenizer') == 'bytes' else 'token'
         B, T = cfg.batch_size, model_config.block_size
         self.T, self.n_micro = T, cfg.batch_tokens // (B * T)   # micro-batches, over all ranks
-        self.n_random = round(cfg.random_share * self.n_micro * B)      # sequences
+        n = self.n_micro * B                                    # sequences of an iteration
+        self.n_random = min(round(cfg.random_share * n), n - 1)
         self.identity = {'windows': cfg.eval_iters, 'block_size': T}    # of a loss, to compare it
         for split in ['val'] if cfg.eval_only else ['val', 'train']:
             path = os.path.join(self.dir, f'{split}.bin')
