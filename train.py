@@ -141,8 +141,7 @@ def check_config(cfg):
     for name in ('eval_interval', 'log_interval', 'batch_size', 'batch_tokens', 'max_iters'):
         check(getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}; expected 1 or more")
     check(cfg.dtype in ('auto', 'float32', 'bfloat16'), f"dtype is {cfg.dtype!r}: try --dtype=auto")
-    check(not cfg.decay_lr or cfg.min_lr <= cfg.learning_rate, f"min_lr={cfg.min_lr:g} is above "
-          f"learning_rate={cfg.learning_rate:g}: give both, or --decay_lr=False")
+    check(not cfg.decay_lr or cfg.min_lr <= cfg.learning_rate, "min_lr is above learning_rate")
     check(0 <= cfg.random_share < 1, "random_share is a share: expected 0 to below 1")
     check(0 <= cfg.distil <= 1, "distil is a share: expected 0 to 1")
     check(cfg.teacher or not cfg.random_share, "random_share needs a --teacher=")
@@ -259,10 +258,10 @@ class Data:
               f"{self.vocab_size} tokens: type prepare.py ... --tokenizer=MODEL")
 
     def _to_device(self, rows, counts):
-        """rows (B, T + 1) uint16 -> the tokens x and those that follow them y, (B, T) int64; y is
+        """B rows (T + 1,) uint16 -> the tokens x and those that follow them y, (B, T) int64; y is
         -1 where counts, (B, 1) or (B, T), is False."""
+        rows = np.stack(rows).astype(np.int64)
         self._check(rows)
-        rows = rows.astype(np.int64)
         # copies that are contiguous, because a graph is compiled for its inputs' strides too
         xy = [torch.from_numpy(z) for z in (rows[:, :-1].copy(), np.where(counts, rows[:, 1:], -1))]
         if self.device.startswith('cuda'):
@@ -279,19 +278,18 @@ class Data:
         here = np.arange(micro * B, (micro + 1) * B)
         rows = [noise[i] if i < self.n_random else self.train[starts[i]:starts[i] + T + 1]
                 for i in here]
-        return self._to_device(np.stack(rows), (here >= self.n_random)[:, None])
+        return self._to_device(rows, (here >= self.n_random)[:, None])
 
     def windows(self):
         """This rank's share of the validation windows: (number of the first, x, y)."""
         B, T = self.cfg.batch_size, self.T
         for i in range(RANK * B, len(self.starts), WORLD * B):
-            rows = np.zeros((B, T + 1), np.uint16)      # always B rows: one shape, one graph
-            counts = np.zeros((B, T), bool)
-            for row, start in enumerate(self.starts[i:i + B]):
-                rows[row], counts[row] = self.val[start:start + T + 1], True
+            here = np.arange(i, i + B)      # always B rows, for one graph; only windows count
+            starts = self.starts[here % len(self.starts)]
+            counts = np.repeat(here < len(self.starts), T).reshape(B, T)
             # where prepare.py cut windows of this length, another text follows on each
             counts[:, -1] &= self.meta.get('window') != T
-            yield i, *self._to_device(rows, counts)
+            yield i, *self._to_device([self.val[s:s + T + 1] for s in starts], counts)
 
 def digest(arrays):
     """16 hex digits that stand for arrays (n,): of a large one, for 256 pieces spread over it."""
@@ -466,8 +464,7 @@ def train(cfg):
                 elif RANK == 0:
                     save(cfg, raw, optimizer, state)
             if stop and done < cfg.max_iters:
-                print0(f"train.py: stopped and saved after iteration {it}; go on with the same "
-                       f"command and --init_from=resume", sys.stderr)
+                print0(f"stopped and saved after iteration {it}: --init_from=resume", sys.stderr)
                 sys.exit(128 + (asked or [signal.SIGTERM])[0])
 
     if cfg.remove_ln:
@@ -482,8 +479,7 @@ def main(argv):
     try:
         train(cfg)
     except (RuntimeError, MemoryError) as e:
-        check(not trouble(e), f"{trouble(e)}: try a smaller --batch_size, "
-                              f"--gradient_checkpointing=True or --compile=False")
+        check(not trouble(e), f"{trouble(e)}: try a smaller --batch_size or --compile=False")
         raise
 
 # -----------------------------------------------------------------------------
@@ -509,11 +505,9 @@ def find_machine(cfg):
     return device, autocast, dtype, kind == 'cuda' if cfg.compile is None else cfg.compile
 
 def open_all(cfg, device):
-    """Opens and checks all the input -> (model, data, teacher or None, checkpoint to resume or
-    None)."""
+    """Opens and checks all the input -> (model, data, teacher or None, checkpoint or None)."""
     path = Path('data', cfg.dataset, 'meta.json')       # bins of another program have none
-    check(path.parent.is_dir(), f"no {path.parent}: type python prepare.py SOURCE "
-          f"--name={cfg.dataset}, with SOURCE for example openwebtext --max_tokens=700_000_000")
+    check(path.parent.is_dir(), f"no {path.parent}: type prepare.py SOURCE --name={cfg.dataset}")
     try:
         meta = json.loads(path.read_text('utf-8-sig')) if path.exists() else {}
         check(not meta or {'vocab_size', 'train', 'val'} <= {*meta}, "it lacks counts")
@@ -527,8 +521,7 @@ def open_all(cfg, device):
         check(ckpt or not os.path.exists(path), f"{path} is of another run: type "
               f"--init_from=resume to go on with it, or another --out_dir")
     n = cfg.batch_size * data.T
-    check(cfg.batch_tokens % n == 0, f"batch_tokens is {cfg.batch_tokens}; expected a multiple of "
-          f"batch_size * block_size: type --batch_tokens={max(cfg.batch_tokens // n, 1) * n}")
+    check(cfg.batch_tokens % n == 0, f"batch_tokens: no multiple of batch_size * block_size = {n}")
     if cfg.teacher:
         teacher = GPT2.from_pretrained(cfg.teacher).eval().requires_grad_(False)
         n, T = teacher.config.vocab_size, teacher.config.block_size
@@ -536,14 +529,12 @@ def open_all(cfg, device):
               f"context of {T}; expected {data.vocab_size}, and at least {data.T}")
     if cfg.control:
         of = read_log(cfg.control, 'eval')[-1].get('of')
-        check(of == data.identity, f"control={cfg.control} is of other data or windows, {of}: "
-                                   f"expected {data.identity}")
+        check(of == data.identity, f"control={cfg.control} is of other data or windows: {of}")
     check_schedule(cfg, raw, ckpt)
     if ckpt:
-        size = os.path.getsize(log_path(cfg)) if os.path.exists(log_path(cfg)) else 0
-        check(ckpt['identity'] == data.identity and size >= ckpt['log_bytes'],
-              f"the run is of {ckpt['identity']} with {ckpt['log_bytes']} bytes of log.jsonl, not "
-              f"of {data.identity} with {size}: put the data, eval_iters and log back")
+        of, log = ckpt['identity'], Path(log_path(cfg))
+        check(of == data.identity, f"the run is of other data or windows: of {of}")
+        check(log.exists() and log.stat().st_size >= ckpt['log_bytes'], f"{log} was shortened")
     return raw, data, teacher, ckpt
 
 def load_model(cfg, meta):
@@ -583,17 +574,14 @@ def check_schedule(cfg, model, ckpt):
     before, last, ever = (gates(cfg, it, n) for it in (-1, cfg.max_iters - 1, 10 ** 9))
     check(not cfg.remove_ln or any(ever[site] for site in sites), "every start_ key is -1")
     for name in ever:
-        check(last[name] == ever[name], f"{name} has a gate of {last[name]:.2f} at max_iters="
-              f"{cfg.max_iters}: change that, taper_iters or start_")
+        check(last[name] == ever[name], f"{name} is not gone at the end: more max_iters?")
         check(name in KINDS or before[name] == 0, f"{name} would begin to go before iteration 0")
     for site in sites if ever and not ckpt else ():
         check(sites[site] in (0, 1), f"init_from={cfg.init_from} stopped while {site} faded")
-        check(sites[site] == 0 or ever[site] == 0, f"{site} has no LayerNorm in init_from="
-                                                   f"{cfg.init_from}: set its start_ to -1")
+        check(sites[site] == 0 or ever[site] == 0, f"{site} is gone: set its start_ key to -1")
     for it in range(ckpt['iter']) if ckpt else ():
         past, now = (gates(c, it, n).items() for c in (Config(**ckpt['config']), cfg))
-        check(past == now, f"the schedule of iteration {it} was another, {sorted(past ^ now)[:2]}: "
-                           f"give the run's remove_ln, start_, gap_ and taper_ keys")
+        check(past == now, f"iteration {it} had {sorted(past ^ now)[:2]}: give the run's schedule")
 
 def agree(cfg, data, models):
     """Raises UserError unless all ranks have the same config, data and loaded models."""
@@ -603,8 +591,7 @@ def agree(cfg, data, models):
     dist.all_gather_object(everyone, mine)
     for rank, theirs in enumerate(everyone):
         differ = [b for a, b in zip(everyone[0], theirs) if a != b]
-        check_together(not differ, f"process {rank} has another config, data or model than process "
-                                   f"0: {differ}: give all machines the same")
+        check_together(not differ, f"process {rank} has another config, data or model: {differ}")
 
 def check_together(ok, message):
     """check() of what all ranks find alike: rank 0 tells."""
@@ -641,7 +628,6 @@ def stop_signals():
     """Yields the list of signals received so far; each asks the run to finish the iteration and
     save. A third Ctrl-C stops at once. Afterwards the old handlers are back."""
     asked, old = [], {}
-
     def ask(number, frame):
         asked.append(number)
         if asked.count(signal.SIGINT) > 2:      # torchrun passes a Ctrl-C on, so that one is two
@@ -717,8 +703,7 @@ def guard(cfg, it, loss, level, since):
     over = it + 1 == cfg.max_iters or it + 1 - since >= cfg.guard_patience
     check_together(math.isfinite(loss) and not over, f"diverged: since iteration {since} the loss, "
                    f"{loss:.4f} now, is not within guard_nats={cfg.guard_nats:g} of its lowest, "
-                   f"{level:.4f}; {cfg.out_dir}/ckpt.pt is of before: try a longer taper_iters or a "
-                   f"lower learning_rate")
+                   f"{level:.4f}: {cfg.out_dir}/ckpt.pt is of before")
     return level, since
 
 def log_giant(cfg, it, raw, forward, data):
@@ -762,29 +747,28 @@ def hand_over(cfg, raw, data):
                 os.rename(hf, f'{hf}.{time.time():.0f}')
             raw.save_pretrained(hf, companions(cfg.out_dir))
             written = hf
-        lines = report(cfg, raw, data)
-        print0(f"\n{lines}")
+        result = report(cfg, raw, data)
+        print0(f"\n{result}")
         if written == hf:
-            write(os.path.join(hf, 'README.md'), f"{CARD}\n```\n{lines}\n```\n".encode())
+            write(os.path.join(hf, 'README.md'), f"{CARD}\n```\n{result}\n```\n".encode())
     print0(f"written: {written}")
 
 def report(cfg, raw, data):
     """The result, as text: before, the control where there is one, after; the giant vector."""
     own, looks = (read_log(cfg.out_dir, event) for event in ('eval', 'giant'))
-    left, losses = len(raw.sites_left()), {'pre-trained': own[0]['val_loss']}
+    left, losses, kept = len(raw.sites_left()), {'pre-trained': own[0]['val_loss']}, None
     if cfg.control:
-        losses['control (LN kept)'] = read_log(cfg.control, 'eval')[-1]['val_loss']
+        kept = losses['control (LN kept)'] = read_log(cfg.control, 'eval')[-1]['val_loss']
     losses[f'{left} LN sites left' if left else 'LN-free'] = own[-1]['val_loss']
     lines = [f"{cfg.dataset:<20}{f'val nats/{data.noun}':>16}{'gap to control':>16}"]
     for name, loss in losses.items():
-        gap = f"{loss - losses['control (LN kept)']:+.4f}" if cfg.control else ''
-        lines.append(f"{name:<20}{loss:>16.4f}{gap if name != 'pre-trained' else '':>16}")
+        gap = f"{loss - kept:+.4f}" if cfg.control and name != 'pre-trained' else ''
+        lines.append(f"{name:<20}{loss:>16.4f}{gap:>16}")
     for kind, name in (('bos', 'position 0'), ('eot', 'end-of-text')):
         was, now = (max(look[kind].values()) for look in (looks[0], looks[-1]))
         lines.append(f"largest std at {name}, times the ordinary: {was:.1f} before, {now:.1f} now")
         if now > 10 and not left:
-            lines.append("warning: that is a giant vector, on which the model may explode: train "
-                         "longer, or raise giant_loss_weight")
+            lines.append("warning: a giant vector: the model may explode; raise giant_loss_weight")
     return '\n'.join(lines)
 
 if __name__ == '__main__':
