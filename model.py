@@ -279,8 +279,9 @@ class GPT2(nn.Module):
         """-> (state dict on the CPU, epsilon) of stock LayerNorms that compute the same, or else
         UserError. Where LN is gone the epsilon is `eps`, so huge that each divides by a constant,
         s. The weight makes up for it."""
-        c, left, intact = self.config, len(self.sites_left()), not any(self.sites().values())
-        check(intact or not left, f"{left} sites still divide by the token's own std")
+        c, sites, left = self.config, self.sites(), len(self.sites_left())
+        intact = not any(sites.values())
+        check(intact or not left, f"{left} of {len(sites)} sites divide by the token's own std")
         eps = c.layer_norm_epsilon if intact else eps
         s = math.sqrt(eps)      # the constant
         sd = {k: v.cpu() for k, v in self.state_dict().items() if k.endswith(('weight', 'bias'))}
@@ -297,7 +298,7 @@ class GPT2(nn.Module):
             stock = F.layer_norm(x, x.shape[-1:], w, b, eps)
             error = (torch.stack(ln(x, kind)[0]) - stock).cpu() @ W.T
             check(abs(error).max() <= 1e-4 * abs(stock.cpu() @ W.T).max(), f"{name} is no stock "
-                  f"LayerNorm: edited, with special constants, or its reader sees the mean of x")
+                  f"LayerNorm: edited, or position 0 has its own s, or its reader sees the mean")
         if c.ln_mode == 'none':
             # A stock lm_head has no bias. Its rows have mean zero and meet vectors of mean zero: u
             # added to a row changes nothing, until ln_f adds 1 to each of C entries: then C u.

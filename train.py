@@ -141,9 +141,9 @@ def check_config(cfg):
     for name in ('eval_interval', 'log_interval', 'batch_size', 'batch_tokens', 'max_iters'):
         check(getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}; expected 1 or more")
     check(cfg.dtype in ('auto', 'float32', 'bfloat16'), f"dtype is {cfg.dtype!r}: try --dtype=auto")
-    check(not cfg.decay_lr or cfg.min_lr <= cfg.learning_rate, "min_lr is above learning_rate")
-    check(0 <= cfg.random_share < 1, "random_share is a share: expected 0 to below 1")
-    check(0 <= cfg.distil <= 1, "distil is a share: expected 0 to 1")
+    check(not cfg.decay_lr or cfg.min_lr <= cfg.learning_rate, f"min_lr={cfg.min_lr:g} is above "
+          f"learning_rate={cfg.learning_rate:g}: give both, or --decay_lr=False")
+    check(0 <= cfg.random_share < 1 and 0 <= cfg.distil <= 1, "random_share, distil: not 0 to 1")
     check(cfg.teacher or not cfg.random_share, "random_share needs a --teacher=")
 
 # -----------------------------------------------------------------------------
@@ -226,8 +226,7 @@ def std_losses(stds, kinds):
 # Data.
 
 class Data:
-    """data/NAME/{train,val}.bin, mapped, not read: the batches and the validation windows of a
-    model. Raises UserError if they do not fit it."""
+    """data/NAME/{train,val}.bin: a model's batches and validation windows, if they fit it."""
 
     def __init__(self, cfg, meta, model_config, device):
         self.cfg, self.meta, self.device = cfg, meta, device
@@ -464,7 +463,7 @@ def train(cfg):
                 elif RANK == 0:
                     save(cfg, raw, optimizer, state)
             if stop and done < cfg.max_iters:
-                print0(f"stopped and saved after iteration {it}: --init_from=resume", sys.stderr)
+                print0(f"saved after iteration {it}; go on with --init_from=resume", sys.stderr)
                 sys.exit(128 + (asked or [signal.SIGTERM])[0])
 
     if cfg.remove_ln:
@@ -521,7 +520,8 @@ def open_all(cfg, device):
         check(ckpt or not os.path.exists(path), f"{path} is of another run: type "
               f"--init_from=resume to go on with it, or another --out_dir")
     n = cfg.batch_size * data.T
-    check(cfg.batch_tokens % n == 0, f"batch_tokens: no multiple of batch_size * block_size = {n}")
+    check(cfg.batch_tokens % n == 0, f"batch_tokens={cfg.batch_tokens}: no multiple of batch_size "
+          f"* block_size: type --batch_tokens={max(cfg.batch_tokens // n, 1) * n}")
     if cfg.teacher:
         teacher = GPT2.from_pretrained(cfg.teacher).eval().requires_grad_(False)
         n, T = teacher.config.vocab_size, teacher.config.block_size
@@ -533,7 +533,7 @@ def open_all(cfg, device):
     check_schedule(cfg, raw, ckpt)
     if ckpt:
         of, log = ckpt['identity'], Path(log_path(cfg))
-        check(of == data.identity, f"the run is of other data or windows: of {of}")
+        check(of == data.identity, f"the run is of other data or windows: {of}")
         check(log.exists() and log.stat().st_size >= ckpt['log_bytes'], f"{log} was shortened")
     return raw, data, teacher, ckpt
 
@@ -574,24 +574,23 @@ def check_schedule(cfg, model, ckpt):
     before, last, ever = (gates(cfg, it, n) for it in (-1, cfg.max_iters - 1, 10 ** 9))
     check(not cfg.remove_ln or any(ever[site] for site in sites), "every start_ key is -1")
     for name in ever:
-        check(last[name] == ever[name], f"{name} is not gone at the end: more max_iters?")
+        check(last[name] == ever[name], f"{name} is not gone by max_iters={cfg.max_iters}")
         check(name in KINDS or before[name] == 0, f"{name} would begin to go before iteration 0")
     for site in sites if ever and not ckpt else ():
         check(sites[site] in (0, 1), f"init_from={cfg.init_from} stopped while {site} faded")
-        check(sites[site] == 0 or ever[site] == 0, f"{site} is gone: set its start_ key to -1")
+        check(sites[site] == 0 or ever[site] == 0, f"{site} is gone already: set its start_ to -1")
     for it in range(ckpt['iter']) if ckpt else ():
         past, now = (gates(c, it, n).items() for c in (Config(**ckpt['config']), cfg))
         check(past == now, f"iteration {it} had {sorted(past ^ now)[:2]}: give the run's schedule")
 
 def agree(cfg, data, models):
     """Raises UserError unless all ranks have the same config, data and loaded models."""
-    mine = repr(cfg), data.identity, *(digest(p.detach().flatten().numpy() for p in m.parameters())
-                                       for m in models if m)
-    everyone = [None] * WORLD
-    dist.all_gather_object(everyone, mine)
-    for rank, theirs in enumerate(everyone):
-        differ = [b for a, b in zip(everyone[0], theirs) if a != b]
-        check_together(not differ, f"process {rank} has another config, data or model: {differ}")
+    weights = [digest(p.detach().flatten().numpy() for p in m.parameters()) for m in models if m]
+    for name, mine in (('config', repr(cfg)), ('data', data.identity), ('model', weights)):
+        everyone = [None] * WORLD
+        dist.all_gather_object(everyone, mine)
+        others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+        check_together(not others, f"processes {others} have another {name} than process 0")
 
 def check_together(ok, message):
     """check() of what all ranks find alike: rank 0 tells."""
