@@ -422,7 +422,7 @@ def train(cfg):
     start = logged = state['iter']
     if start == 0:
         loss = evaluate(cfg, 0, raw, forward, data)
-        if cfg.init_from != 'scratch' and loss > math.log(data.vocab_size):
+        if cfg.init_from != 'scratch' and loss > math.log(data.vocab_size) + 0.1:
             print0("warning: that is worse than chance: is this data of this model's tokenizer?")
         if cfg.remove_ln:
             log_giant(cfg, 0, raw, forward, data)
@@ -463,7 +463,8 @@ def train(cfg):
                 elif RANK == 0:
                     save(cfg, raw, optimizer, state)
             if stop and done < cfg.max_iters:
-                print0(f"saved after iteration {it}; go on with --init_from=resume", sys.stderr)
+                print0(f"train.py: stopped after iteration {it}: go on with the same command and "
+                       f"--init_from=resume", sys.stderr)
                 sys.exit(128 + (asked or [signal.SIGTERM])[0])
 
     if cfg.remove_ln:
@@ -478,7 +479,8 @@ def main(argv):
     try:
         train(cfg)
     except (RuntimeError, MemoryError) as e:
-        check(not trouble(e), f"{trouble(e)}: try a smaller --batch_size or --compile=False")
+        check(not trouble(e), f"{trouble(e)}: try a smaller --batch_size, "
+                              f"--gradient_checkpointing=True or --compile=False")
         raise
 
 # -----------------------------------------------------------------------------
@@ -506,7 +508,8 @@ def find_machine(cfg):
 def open_all(cfg, device):
     """Opens and checks all the input -> (model, data, teacher or None, checkpoint or None)."""
     path = Path('data', cfg.dataset, 'meta.json')       # bins of another program have none
-    check(path.parent.is_dir(), f"no {path.parent}: type prepare.py SOURCE --name={cfg.dataset}")
+    check(path.parent.is_dir(), f"no {path.parent}: type python prepare.py SOURCE "
+                                f"--name={cfg.dataset}")
     try:
         meta = json.loads(path.read_text('utf-8-sig')) if path.exists() else {}
         check(not meta or {'vocab_size', 'train', 'val'} <= {*meta}, "it lacks counts")
@@ -702,7 +705,8 @@ def guard(cfg, it, loss, level, since):
     over = it + 1 == cfg.max_iters or it + 1 - since >= cfg.guard_patience
     check_together(math.isfinite(loss) and not over, f"diverged: since iteration {since} the loss, "
                    f"{loss:.4f} now, is not within guard_nats={cfg.guard_nats:g} of its lowest, "
-                   f"{level:.4f}: {cfg.out_dir}/ckpt.pt is of before")
+                   f"{level:.4f}; {cfg.out_dir}/ckpt.pt is of before: try a longer taper_iters, "
+                   f"more iterations or a lower rate")
     return level, since
 
 def log_giant(cfg, it, raw, forward, data):
