@@ -53,10 +53,11 @@ def python(*argv):
     return done.stdout
 
 def train(name, *argv):
-    python('train.py', *argv, f'--dataset={NAME}', f'--batch_size={BATCH}', f'--out_dir={OUT}/{name}')
+    python('train.py', *argv, f'--dataset={NAME}', f'--batch_size={BATCH}',
+           f'--out_dir={OUT}/{name}')
 
 def removal(name, recipe, *argv):
-    """A run of a recipe from the pre-trained model; told against the control, if that is given."""
+    """A run of a recipe from the pre-trained model."""
     train(name, f'config/{recipe}.py', f'--init_from={OUT}/pretrained', *argv, '--log_interval=1',
           f'--batch_tokens={TOKENS}', '--eval_interval=10_000', '--guard_nats=0')
 
@@ -104,7 +105,7 @@ def tokens_per_second(name):
 
 def compare(name, control):
     """Tells a removal's gap, worst moment and giant vector."""
-    (gap, worst), runs = (0, 0), (OUT / name, OUT / control)
+    runs = (OUT / name, OUT / control)
     gap = np.subtract(*(read_log(run, 'eval')[-1]['val_loss'] for run in runs))
     worst = np.subtract(*([e['loss'] for e in read_log(run, 'train')] for run in runs))
     looks = read_log(runs[0], 'giant')
@@ -159,8 +160,9 @@ def resume():
     starts = [f'--{key}=2' for key in ('start_ln2', 'start_ln1qk', 'start_ln1v', 'start_lnf')]
     gaps = [f'--{key}=0' for key in ('gap_ln2', 'gap_ln1qk', 'gap_ln1v')]
     argv = ['config/remove_ln_fast.py', *starts, *gaps, '--taper_iters=6', '--max_iters=10',
-            '--eval_iters=8', '--log_interval=1', f'--batch_tokens={2 * BATCH * SHAPE["block_size"]}',
-            '--guard_nats=0', '--eval_interval=4', f'--dataset={NAME}', f'--batch_size={BATCH}']
+            '--eval_interval=4', '--eval_iters=8', '--log_interval=1', '--guard_nats=0',
+            f'--dataset={NAME}', f'--batch_size={BATCH}',
+            f'--batch_tokens={2 * BATCH * SHAPE["block_size"]}']
     kill = ('import os, sys, train; lr = train.get_lr; train.get_lr = lambda cfg, it: '
             'os.kill(os.getpid(), 9) if it == 6 else lr(cfg, it); train.main(sys.argv[1:])')
     begin = f'--init_from={OUT}/pretrained'
