@@ -37,8 +37,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = 'cuda' if CUDA else 'cpu'
 SHAPE = (dict(n_layer=2, n_head=2, n_embd=32, block_size=32) if TINY else
          dict(n_layer=12, n_head=12, n_embd=768, block_size=1024))
-BATCH, PRETRAIN, TEXT = (4, 100, 1e6) if TINY else (16, 400, 240e6)     # rows, iterations, bytes
-PRETRAIN_TOKENS, TOKENS = ((512, 256) if TINY else (65536, 32768))      # of an iteration
+BATCH, PRETRAIN, TEXT = (4, 50, 1e6) if TINY else (16, 400, 240e6)     # rows, iterations, bytes
+PRETRAIN_TOKENS, TOKENS = ((256, 128) if TINY else (65536, 32768))      # of an iteration
 ROWS = []
 
 def tell(what, value):
@@ -53,6 +53,7 @@ def python(*argv):
     return done.stdout
 
 def train(name, *argv):
+    shutil.rmtree(OUT / name, ignore_errors=True)
     python('train.py', *argv, f'--dataset={NAME}', f'--batch_size={BATCH}',
            f'--out_dir={OUT}/{name}')
 
@@ -94,6 +95,7 @@ def pretrain():
     meta = json.loads((DATA / 'meta.json').read_text())
     tell('data', f"{meta['train']['tokens']:,} tokens of {meta['tokenizer']}")
     shape = SHAPE | {'vocab_size': meta['vocab_size']}
+    shutil.rmtree(OUT / 'standin', ignore_errors=True)
     python('experiments/standin.py', OUT / 'standin', *(f'--{k}={v}' for k, v in shape.items()))
     train('pretrained', f'--init_from={OUT}/standin', f'--batch_tokens={PRETRAIN_TOKENS}',
           f'--max_iters={PRETRAIN}', '--eval_interval=10_000', f'--warmup_iters={PRETRAIN // 10}')
@@ -166,6 +168,8 @@ def resume():
     kill = ('import os, sys, train; lr = train.get_lr; train.get_lr = lambda cfg, it: '
             'os.kill(os.getpid(), 9) if it == 6 else lr(cfg, it); train.main(sys.argv[1:])')
     begin = f'--init_from={OUT}/pretrained'
+    for name in ('whole', 'killed'):
+        shutil.rmtree(OUT / name, ignore_errors=True)
     python('train.py', *argv, begin, f'--out_dir={OUT}/whole')
     first = [sys.executable, '-c', kill, *argv, begin, f'--out_dir={OUT}/killed']
     check(subprocess.run(first, capture_output=True).returncode == -9, "it was not killed")
@@ -221,8 +225,6 @@ def main(argv):
         raise TimeoutError("no time left")
     signal.signal(signal.SIGALRM, over)
     signal.alarm(seconds)
-    if 'pretrain' in wanted:
-        shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True, exist_ok=True)
     tell('machine', f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}")
     for name in wanted:
