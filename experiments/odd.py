@@ -6,8 +6,8 @@ trained on.
 
 The runs are models of bytes: the demo's, or those of the evidence. Prints for each kind of text the
 mean loss in nats per byte, by its place in the window, the 99.9th percentile and the largest of a
-byte, the expected calibration error and the prediction's entropy. With an original it adds how near
-they are to it, as losses.py does. Means over the runs of one NAME.SEED; the largest of all.
+byte, the expected calibration error and the prediction's entropy. With an original it adds
+KL(original || run) and what else losses.py says of two. Means over the runs of one NAME.SEED; the largest of all.
 """
 import os
 import sys
@@ -39,15 +39,16 @@ def texts(n=50_000):
 
 def numbers(run, original, ids):
     """{column: number} of a run on token ids."""
-    found = measured([GPT2.from_pretrained(m).eval() for m in (run, original) if m], ids)
-    loss = found['loss 0']
+    models = [GPT2.from_pretrained(m).eval() for m in (original, run) if m]
+    found, i = measured(models, ids), len(models) - 1
+    loss = found[f'loss {i}']
     parts = {'mean': loss, 'first': loss[:, :1], '2nd to 64th': loss[:, 1:64],
-             'rest': loss[:, 64:], 'entropy': found['entropy 0']}
+             'rest': loss[:, 64:], 'entropy': found[f'entropy {i}']}
     if original:
         parts |= {'KL': found['kl'], 'JSD': found['jsd'], 'same': found['same']}
     return {name: part.mean(dtype=np.float64) for name, part in parts.items()} | {
         '99.9%': np.quantile(loss, 0.999), 'max': loss.max(),
-        'ECE': calibration(found['confidence 0'], found['right 0'])}
+        'ECE': calibration(found[f'confidence {i}'], found[f'right {i}'])}
 
 @command
 def main(argv):
