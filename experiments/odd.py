@@ -7,7 +7,8 @@ trained on.
 The runs are models of bytes: the demo's, or those of the evidence. Prints for each kind of text the
 mean loss in nats per byte, by its place in the window, the 99.9th percentile and the largest of a
 byte, the expected calibration error and the prediction's entropy. With an original it adds
-KL(original || run) and what else losses.py says of two. Means over the runs of one NAME.SEED; the largest of all.
+KL(original || run), the Jensen-Shannon divergence and the share of bytes with the same likeliest
+next byte. Means over the runs of one NAME.SEED; the largest of all.
 """
 import os
 import sys
