@@ -6,11 +6,9 @@ The evidence on a model of 4.8M parameters, 6 layers for 4 at the same pace (two
     python train.py config/demo_pretrain.py --init_from=$O/standin --out_dir=$O/pretrained \
         --max_iters=2000 --batch_size=24 --batch_tokens=3072 --warmup_iters=100 \
         --learning_rate=1.5e-3 --min_lr=1.5e-4 --eval_interval=500
-    for s in 1 2 3; do for v in control control_fast shipped fast fade_0 at_once paper_text; do
-        python train.py config/demo_remove_ln.py $E/base.py $E/variants/$v.py $E/larger.py \
-            --seed=$s --out_dir=$O/$v.$s
-    done; done
-    python $E/report.py $O
+    touch $O/pretrained/done
+    make evidence EVIDENCE=$O MORE=$E/larger.py SEEDS="1 2 3" \
+        VARIANTS="control control_fast shipped fast distil fade_0 at_once paper_text"
 """
 init_from = 'out/larger/pretrained'
 learning_rate, min_lr = 0.6 * learning_rate, 0.6 * min_lr       # to 6e-4, as for GPT-2

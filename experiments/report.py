@@ -1,52 +1,48 @@
 """
 The table of the evidence: variants over seeds, each run against the control of its seed.
 
-    python experiments/report.py out/evidence [PICTURE.png]     runs called NAME.SEED, and
-                                                                control.SEED for each seed
+    python experiments/report.py out/evidence [PICTURE.png]     runs called NAME.SEED
 
-A run and its control see the same batches, so the difference of their training losses has almost
-none of the batches' noise: it is the cost of the removal, iteration by iteration. gap: the
-difference of the validation losses at the end. worst: the largest difference on the way.
-within 0.1: seeds that ended so close.
+A run's control is that control*.SEED that had its learning rates. Both see the same batches, so the
+difference of their training losses has almost none of the batches' noise: it is the cost of the
+removal, iteration by iteration. gap: the difference of the validation losses at the end. worst: the
+largest difference on the way. within 0.1: seeds that ended so close.
 """
-import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+from model import check, command                # noqa: E402
+from train import read_log                      # noqa: E402
+
 def read_runs(folder):
-    """{(name, seed): log} of the runs that reached their end."""
+    """{(name, seed): {'loss', 'lr': each iteration's, 'val_loss': at the end, 'tokens': of an
+    iteration}} of the runs that reached their end."""
     runs = {}
-    for d in sorted(os.listdir(folder)):
-        name, _, seed = d.rpartition('.')
-        path = os.path.join(folder, d, 'log.jsonl')
-        if seed.isdigit() and os.path.exists(path):
-            with open(path) as f:
-                log = [json.loads(line) for line in f]
-            if len([e for e in log if e['event'] == 'eval']) > 1:
-                runs[name, seed] = log
+    for log in sorted(Path(folder).glob('*.*/log.jsonl')):
+        name, seed = log.parent.name.rsplit('.', 1)
+        evals = read_log(log.parent, 'eval')
+        if seed.isdigit() and len(evals) > 1:
+            steps = read_log(log.parent, 'train')
+            run = {key: np.array([e[key] for e in steps]) for key in ('loss', 'lr')}
+            last = evals[-1]
+            runs[name, seed] = run | {'val_loss': last['val_loss'],
+                                      'tokens': last['tokens'] / last['iter']}
     return runs
 
-def control_of(name, seed, runs):
-    own = f'control_{name}', seed
-    return runs.get(own if own in runs else ('control', seed))
-
-def losses(log, event, key):
-    return np.array([e[key] for e in log if e['event'] == event])
-
 def statistics(runs):
-    """{name: (gaps, differences (seeds, iterations))} of all but the controls."""
+    """{name: (gaps (seeds,), differences (seeds, iterations))} of all but the controls."""
     found = {}
-    for (name, seed), log in runs.items():
-        control = control_of(name, seed, runs)
-        if name.startswith('control') or control is None:
-            continue
-        gap = losses(log, 'eval', 'val_loss')[-1] - losses(control, 'eval', 'val_loss')[-1]
-        difference = losses(log, 'train', 'loss') - losses(control, 'train', 'loss')
-        found.setdefault(name, ([], []))
-        found[name][0].append(gap)
-        found[name][1].append(difference)
+    for (name, seed), run in runs.items():
+        controls = [c for (other, s), c in runs.items() if other.startswith('control')
+                    and s == seed and np.array_equal(c['lr'], run['lr'])]
+        if controls and not name.startswith('control'):
+            gaps, differences = found.setdefault(name, ([], []))
+            gaps.append(run['val_loss'] - controls[0]['val_loss'])
+            differences.append(run['loss'] - controls[0]['loss'])
     return {name: (np.array(g), np.array(d)) for name, (g, d) in found.items()}
 
 def table(found, tokens):
@@ -87,16 +83,17 @@ def picture(path, found, names, tokens):
     ax.legend()
     fig.savefig(path, dpi=110)
 
-if __name__ == '__main__':
-    if not 2 <= len(sys.argv) <= 3 or not os.path.isdir(sys.argv[1]):
-        sys.exit(__doc__)
-    runs = read_runs(sys.argv[1])
-    if not any(name == 'control' for name, _ in runs):
-        sys.exit(f'report.py: {sys.argv[1]} holds no control.SEED that reached its end')
+@command
+def main(argv):
+    check(1 <= len(argv) <= 2, "expected FOLDER [PICTURE.png]")
+    runs = read_runs(argv[0])
     found = statistics(runs)
-    last = [e for e in next(iter(runs.values())) if e['event'] == 'eval'][-1]
-    tokens = last['tokens'] / last['iter']
+    check(found, f"{argv[0]} holds no run and control*.SEED that reached their end")
+    tokens = next(iter(runs.values()))['tokens']
     print(table(found, tokens))
-    if len(sys.argv) == 3:
-        names = ['paper_text', 'fade_0', 'no_aux', 'shipped', 'follow_up_faded']
-        picture(sys.argv[2], found, names, tokens)
+    if len(argv) == 2:
+        names = ['paper_text', 'fade_0', 'no_aux', 'shipped', 'fast', 'distil_random']
+        picture(argv[1], found, names, tokens)
+
+if __name__ == '__main__':
+    main()

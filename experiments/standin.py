@@ -3,7 +3,7 @@ Writes an untrained GPT-2 with a planted giant vector, as a Hugging Face folder 
 start from:
 
     python experiments/standin.py FOLDER [--n_layer=4] [--n_head=4] [--n_embd=128]
-        [--block_size=128]
+        [--block_size=128] [--vocab_size=257]
     python train.py config/demo_pretrain.py --init_from=FOLDER
 
 Trained GPT-2s park a vector of up to 42 times the ordinary std at position 0 and at end-of-text:
@@ -19,15 +19,14 @@ import sys
 import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
-from model import GPT2, GPT2Config      # noqa: E402
+from model import GPT2, GPT2Config, check, command      # noqa: E402
 
 GIANT = 64              # neurons that write the vector, and as many that erase it
-SIZE = 1700.0         # what they write into each of the two channels
+SIZE = 1700.0           # what they write into each of the two channels
 
 @torch.no_grad()
 def plant(model, eot):
-    """Plants the giant vector into an untrained model (ln_mode 'real'),
-    at position 0 and at the token `eot`."""
+    """Plants the giant vector into an untrained model, at position 0 and at the token `eot`."""
     C = model.config.n_embd
     mark = torch.randn(C)
     mark[:2] = 0
@@ -46,23 +45,22 @@ def plant(model, eot):
         mlp.c_fc.bias[:GIANT] = -12
         mlp.c_proj.weight[:, :GIANT] = (sign * write / (12 * GIANT))[:, None]
 
+@command
 def main(argv):
-    shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=128)
+    shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=257)
     folders = [a for a in argv if not a.startswith('--')]
     for arg in argv:
         key, eq, value = arg.removeprefix('--').partition('=')
-        if arg.startswith('--') and (key not in shape or not value.isdecimal()):
-            sys.exit(f"standin.py: {arg}: expected one of {', '.join(f'--{k}=N' for k in shape)}")
-        if arg.startswith('--'):
+        check(arg in folders or key in shape and value.isdecimal(),
+              f"{arg}: expected one of {', '.join(f'--{k}=N' for k in shape)}")
+        if arg not in folders:
             shape[key] = int(value)
-    if len(folders) != 1:
-        sys.exit(__doc__)
-    if os.path.exists(folders[0]):
-        sys.exit(f"standin.py: {folders[0]} exists: choose another name, or move it away")
+    check(len(folders) == 1, "expected one FOLDER")
+    check(not os.path.exists(folders[0]), f"{folders[0]} exists: choose another name")
     torch.manual_seed(0)
-    model = GPT2(GPT2Config(vocab_size=257, **shape))
-    plant(model, eot=256)
+    model = GPT2(GPT2Config(**shape))
+    plant(model, model.config.eot_token_id)
     model.save_pretrained(folders[0])
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    main()

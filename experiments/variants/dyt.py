@@ -3,16 +3,12 @@ Another replacement, as a fork in a config file: DyT's tanh (arXiv 2503.10622), 
 function of each channel, where we have an affine map. The demo's pace. Such a model is LN-free, but
 cannot be folded.
 """
+from pathlib import Path as _Path
+
 import model as _model
 import torch as _torch
 
-start_ln2 = 20
-gap_ln2 = 6
-start_ln1qk = 44
-gap_ln1qk = 6
-start_ln1v = 68
-gap_ln1v = 8
-start_lnf = 100
+exec(_Path(__file__).with_name('demo.py').read_text())
 
 class _DyT(_model.LayerNorm):
 

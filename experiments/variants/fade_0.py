@@ -1,2 +1,2 @@
-"""One constant for all tokens, each site in one iteration."""
+"""no_aux.py, each site in one iteration."""
 taper_iters = 0

@@ -1,22 +1,16 @@
-"""The demo's pace; constants E[sigma^2] / E[sigma] instead of E[sigma]: a fork in a config file."""
+"""demo.py with constants E[sigma^2] / E[sigma] instead of E[sigma]: a fork in a config file."""
+from pathlib import Path as _Path
+
 import __main__ as _train       # train.py
 import torch as _torch
 
-start_ln2 = 20
-gap_ln2 = 6
-start_ln1qk = 44
-gap_ln1qk = 6
-start_ln1v = 68
-gap_ln1v = 8
-start_lnf = 100
+exec(_Path(__file__).with_name('demo.py').read_text())
 
-def _measure(evaluator, model, batches):
+def _measure(model, forward, batches):
     """One process, constants for ordinary tokens."""
     model.eval()
-    stds = []
-    for x, y in batches:
-        keep = model.kinds(x) == _train.TOKEN
-        stds.append(_torch.stack(evaluator(x)[2])[:, keep].detach().double())
+    with _torch.no_grad():
+        stds = [_torch.stack(forward(x)[2])[:, model.kinds(x) == 0].double() for x, _ in batches]
     stds = _torch.cat(stds, 1)                                  # (n_LN, tokens)
     return (stds.square().mean(1) / stds.mean(1))[:, None].expand(-1, 3)
 

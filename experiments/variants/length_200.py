@@ -1,12 +1,5 @@
-"""no_aux.py in 200 iterations: all of base.py's numbers times 0.5."""
+"""no_aux.py in 200 iterations: base.py's numbers times 1/2."""
 max_iters = eval_interval = 200
-warmup_iters = 16
-lr_decay_iters = 334
-start_ln2 = 34
-gap_ln2 = 10
-start_ln1qk = 74
-gap_ln1qk = 10
-start_ln1v = 114
-gap_ln1v = 15
-start_lnf = 174
-taper_iters = 10
+warmup_iters, lr_decay_iters, taper_iters = 16, 334, 10
+start_ln2, start_ln1qk, start_ln1v, start_lnf = 34, 74, 114, 174
+gap_ln2, gap_ln1qk, gap_ln1v = 10, 10, 15

@@ -1,12 +1,5 @@
-"""no_aux.py in 800 iterations: all of base.py's numbers times 2."""
+"""no_aux.py in 800 iterations: base.py's numbers times 2."""
 max_iters = eval_interval = 800
-warmup_iters = 66
-lr_decay_iters = 1334
-start_ln2 = 134
-gap_ln2 = 40
-start_ln1qk = 294
-gap_ln1qk = 40
-start_ln1v = 454
-gap_ln1v = 60
-start_lnf = 694
-taper_iters = 40
+warmup_iters, lr_decay_iters, taper_iters = 66, 1334, 40
+start_ln2, start_ln1qk, start_ln1v, start_lnf = 134, 294, 454, 694
+gap_ln2, gap_ln1qk, gap_ln1v = 40, 40, 60

@@ -1,1 +1,1 @@
-"""The shipped recipe without the auxiliary loss; so are the variants of its fade and its merges."""
+"""config/remove_ln.py with neither the auxiliary nor the giant loss, which is base.py as it is."""

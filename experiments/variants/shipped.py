@@ -1,2 +1,2 @@
-"""config/remove_ln.py: one constant, each site fades over 20 iterations, the auxiliary loss."""
-aux_loss_weight = 0.1
+"""config/remove_ln.py: one constant, a fade over 20 iterations, the auxiliary and giant losses."""
+aux_loss_weight = giant_loss_weight = 0.1
