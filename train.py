@@ -535,12 +535,12 @@ def open_all(cfg, device):
     folder, teacher = Path('data', cfg.dataset), None
     check(folder.is_dir(), f"no {folder}: type python prepare.py SOURCE --name={cfg.dataset}, for "
                            f"example with SOURCE openwebtext --max_tokens=700_000_000")
-    meta = folder / 'meta.json'     # bins of another program have none
+    path = folder / 'meta.json'     # bins of another program have none
     try:
-        meta = json.loads(meta.read_text('utf-8-sig')) if meta.exists() else {}
+        meta = json.loads(path.read_text('utf-8-sig')) if path.exists() else {}
         check(not meta or {'vocab_size', 'train', 'val'} <= {*meta}, "it lacks counts")
     except (ValueError, TypeError) as e:
-        raise UserError(f"{meta} is damaged ({one_line(e)}): prepare the data again")
+        raise UserError(f"{path} is damaged ({one_line(e)}): prepare the data again")
     raw, ckpt, files = load_model(cfg, meta)
     data, size = Data(cfg, meta, raw.config, device), raw.config.vocab_size
     if cfg.eval_only:
