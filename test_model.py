@@ -351,10 +351,7 @@ if not torch.cuda.is_available():
     sys.exit('no GPU')
 torch.manual_seed(0)
 cpu = GPT2(GPT2Config(64, 101, 2, 4, 64, ln_mode='fake'))
-for p in cpu.parameters():
-    p.data += 0.1 * torch.randn_like(p)
 gpu, idx = copy.deepcopy(cpu).cuda(), torch.randint(101, (4, 65))
-compiled = torch.compile(gpu, fullgraph=True)
 for gate in (0, 0.3, 1):
     def run(model, call, dtype):
         for ln in model.layernorms().values():
@@ -364,14 +361,12 @@ for gate in (0, 0.3, 1):
         with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
             logits, loss = call(x[:, :-1], x[:, 1:])
         loss.backward()
-        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        return [z.detach().float().cpu() for z in (logits, loss, gradient)]
-    exact = run(cpu, cpu, torch.float32)
+        return torch.cat([z.detach().float().flatten().cpu()
+                          for z in (logits, *(p.grad for p in model.parameters()))])
+    compiled, exact = torch.compile(gpu, fullgraph=True), run(cpu, cpu, torch.float32)
     for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-        for what, a, b in zip(('logits', 'loss', 'gradient'), exact, run(gpu, compiled, dtype)):
-            error = ((a - b).norm() / a.norm()).item()
-            print(gate, dtype, what, error)
-            assert error < most
+        error = (run(gpu, compiled, dtype) - exact).norm() / exact.norm()
+        assert error < most, (gate, dtype, error)
 train.main([*sys.argv[1:], '--device=cuda', '--dtype=bfloat16', '--compile=True'])
 """
 
@@ -381,10 +376,9 @@ def test_on_a_gpu_where_there_is_one(workspace):
     process = start(f'gpu.{REMOVAL.removeprefix("train.")} --out_dir=gpu',
                     env={'CUDA_VISIBLE_DEVICES': GPUS})
     output = process.communicate(timeout=300)[0]
-    if process.returncode == 1 and output.endswith('no GPU\n'):
+    if output.endswith('no GPU\n'):
         pytest.skip('no GPU')
-    assert process.returncode == 0, output
-    assert load('gpu/hf').config.ln_mode == 'none'
+    assert process.returncode == 0 and load('gpu/hf').config.ln_mode == 'none', output
 
 # -----------------------------------------------------------------------------
 # The schedule.
@@ -445,20 +439,17 @@ def test_a_taper_fades_gates_and_merges_and_ends_exactly(workspace):
     ('medium', 24, 20, 2, [6e-4, 3e-4, 10, 0.1, 500, 500]),
     ('large', 36, 30, 4, [3e-4, 4e-5, 15, 0.03, 600, 1200]),
     ('xl', 48, 50, 4, [1e-4, 2e-5, 20, 0.01, 800, 1200])])
-def test_the_follow_ups_settings_are_the_published_ones(
-        name, layers, start, gap, published, workspace):
-    for more in (['config/control.py'], []):
-        cfg = train.load_config([f'config/remove_ln_{name}.py', *more])
-        train.check_config(cfg)
-        assert [cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, cfg.aux_loss_weight,
-                cfg.max_iters, cfg.lr_decay_iters] == published and cfg.remove_ln == (not more)
-        assert (cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.grad_clip) == (0.01, 0.9, 0.999, 1)
-    model = small_fake(layers)
+def test_the_follow_ups_settings(name, layers, start, gap, published, workspace):
+    cfg, model = train.load_config([f'config/remove_ln_{name}.py']), small_fake(layers)
+    train.check_config(cfg)
     train.check_schedule(cfg, model, None)
-    when = {site: it for it, _, site in events(cfg, model, lambda: torch.ones(99, 3))[0]}
-    last = start + 2 * layers * gap     # one side of all layers after the other
-    assert [when['h.0.ln_2'], when['h.1.ln_1.qk']] == [start, start + (layers + 1) * gap]
-    assert [when['h.2.ln_1.v'], when['ln_f']] == [last + 3 * gap, last + layers * gap * 3 // 2]
+    assert [cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, cfg.aux_loss_weight, cfg.max_iters,
+            cfg.lr_decay_iters] == published
+    assert (cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.grad_clip) == (0.01, 0.9, 0.999, 1)
+    # ln_2 of one layer after the other, then queries and keys, then values at a slower pace
+    began = [it for it, *_ in events(cfg, model, lambda: torch.ones(99, 3))[0]]
+    assert began == [*range(start, start + 2 * layers * gap, gap), *range(
+        start + 2 * layers * gap, start + layers * gap * 7 // 2 + 1, gap * 3 // 2)]
 
 # -----------------------------------------------------------------------------
 # Training runs.
@@ -510,7 +501,7 @@ def opened(keys):
     cfg = train.load_config(['tiny.py', 'shape.py', *keys.split()])
     return cfg, train.Data(cfg, read_json('data/tiny/meta.json'), load('run').config, 'cpu')
 
-def test_evaluation_is_the_mean_over_whole_windows_whatever_the_batch(workspace):
+def test_evaluation_is_the_mean_over_whole_windows_whatever_the_batch(workspace, capsys):
     model, losses = load('run'), []
     tokens = torch.from_numpy(np.fromfile('data/tiny/val.bin', np.uint16).astype(np.int64))
     for window in tokens[1:].unfold(0, 32, 32):
@@ -529,16 +520,10 @@ def test_evaluation_is_the_mean_over_whole_windows_whatever_the_batch(workspace)
             expected = means.mean(), means.std(ddof=1) / len(means) ** 0.5
             found = train.validate(model, partial(model, return_stds=True), data)
             assert found == pytest.approx(expected, rel=1e-5)
-
-def test_eval_only_prints_the_mean_and_writes_nothing(workspace, capsys):
-    before = {*Path('.').rglob('*')}
-    capsys.readouterr()
-    here('train.py config/eval.py --init_from=run --dataset=tiny')
-    data, model = opened('--eval_iters=0')[1], load('run')
-    mean, error = train.validate(model, partial(model, return_stds=True), data)
-    assert f'val loss {mean:.4f} nats per byte, standard error {error:.4f}' in (
-        capsys.readouterr().out)
-    assert before == {*Path('.').rglob('*')}
+    there = {*Path('.').rglob('*')}
+    here('train.py config/eval.py --init_from=run --dataset=tiny')      # writes nothing
+    assert f'val loss {losses.mean():.4f} nats per byte' in capsys.readouterr().out
+    assert there == {*Path('.').rglob('*')}
 
 def test_an_evaluation_keeps_nothing_per_token():
     if not os.path.exists('/proc/self/statm'):
@@ -700,20 +685,24 @@ def test_a_run_within_another_program(workspace, at_step, handlers, capsys):
 def test_a_cell_that_failed_leaves_nothing_behind_in_a_notebook(workspace, monkeypatch, capsys):
     """A notebook keeps the exception. The GPU's memory is free, and the corrected cell runs."""
     models, failures = [], []
+    errors = [torch.OutOfMemoryError('CUDA out of memory'), MemoryError(), UserError('other'),
+              RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 
     def step(cfg, it, model, raw, *args):
         models.append(weakref.ref(raw))
-        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
+        raise errors.pop()
     with monkeypatch.context() as patch:
         patch.setattr(train, 'step', step)
-        for keys in ('--batch_tokens=500', ''):     # refused; failed on the way
+        for keys in ('--batch_tokens=500', '', *['--init_from=resume'] * 3):
             with pytest.raises(SystemExit) as e:
                 here(f'{TINY} --out_dir=cell {keys}')
             failures.append(e.value)
     error = capsys.readouterr().err
-    assert 'out of memory' in error and '--batch_size' in error and error.count('\n') == 2
+    assert error.count('\n') == 5 and error.count('train.py: out of memory') == 3
+    assert error.count('--batch_size') == 3
     gc.collect()
-    assert models[0]() is None and all(e.__context__ is None for e in failures)
+    assert len(models) == 4 and not any(ref() for ref in models)
+    assert all(e.__context__ is None for e in failures)
     here(f'{TINY} --out_dir=cell --init_from=resume')       # as it was advised
     here(f'{TINY} --out_dir=ran_at_once')
     assert log_of('cell') == log_of('ran_at_once')
@@ -753,49 +742,31 @@ def test_a_resumed_run_is_the_same_run_in_wandb(workspace, monkeypatch):
     assert first == resumed != other
     assert {'train/loss', 'eval/val_loss'} <= {key for entry in logged for key in entry}
 
-@contextlib.contextmanager
-def full_disk(size):
-    """No file can grow beyond `size` bytes."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-
-def test_a_full_disk_leaves_the_last_checkpoint(workspace, capsys):
+def test_a_full_disk_leaves_the_last_checkpoint(workspace, capsys, request):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)     # of a file's size
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard)))
     shutil.copytree('run', 'full')
     kept = Path('full/ckpt.pt').read_bytes()
-    with full_disk(len(kept) // 5):
-        error = refused(f'{TINY} --out_dir=full --init_from=resume', capsys)
-        assert 'full/ckpt.pt' in error
-        # a new run finds out before it has trained
-        assert 'new/ckpt.pt' in refused(f'{TINY} --out_dir=new', capsys)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 5, hard))
+    assert 'full/ckpt.pt' in refused(f'{TINY} --out_dir=full --init_from=resume', capsys)
     assert Path('full/ckpt.pt').read_bytes() == kept and not list(Path('full').glob('*partial'))
-    assert not Path('new/log.jsonl').read_text()
+    # a new run finds out before it has trained
+    assert 'new/ckpt.pt' in refused(f'{TINY} --out_dir=new', capsys) and not log_of('new')
 
-@pytest.mark.parametrize('max_iters, loss, said', [
-    (60, 9.0, 'since iteration 18 the loss'), (20, 9.0, 'since iteration 18 the loss'),
-    (60, np.nan, 'since iteration 18 the loss, nan')])
+@pytest.mark.parametrize('max_iters, loss, since', [(60, 9.0, 18), (20, 9.0, 18), (60, np.nan, 16)])
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(
-        max_iters, loss, said, workspace, capsys, monkeypatch, tmp_path):
+        max_iters, loss, since, workspace, capsys, monkeypatch, tmp_path):
+    """A loss of 9 for one iteration is forgiven, not for patience's eight, nor at the end."""
     out = tmp_path / 'out'
     line = f'{REMOVAL} --out_dir={out} --eval_interval=4 --guard_patience=8'
     here(line)
     kept = (out / 'ckpt.pt').read_bytes()
     shutil.rmtree(out / 'hf')
     monkeypatch.setattr(train, 'step', lambda cfg, it, *args: (
-        torch.tensor([loss if it >= 18 else 1.0, 0]), torch.tensor(1.0), []))
+        torch.tensor([loss if it in (16, *range(18, 99)) else 1.0, 0]), torch.tensor(1.0), []))
     error = refused(f'{line} --init_from=resume --max_iters={max_iters}', capsys)
-    assert said in error and f'{out}/ckpt.pt' in error
+    assert f'since iteration {since} the loss, {loss:.4f}' in error and f'{out}/ckpt.pt' in error
     assert (out / 'ckpt.pt').read_bytes() == kept and not (out / 'hf').exists()
-
-def test_the_guard_waits_for_its_patience():
-    cfg, state, levels = train.Config(guard_nats=2, guard_patience=3, max_iters=99), (np.inf, -1), []
-    for it, loss in enumerate([5, 4, 6.1, 6.1, 5.9, 3, 5.1, 5.1]):
-        state = train.guard(cfg, it, loss, *state)
-        levels.append(state)
-    assert levels == [(5, -1), (4, -1), (4, 2), (4, 2), (4, -1), (3, -1), (3, 6), (3, 6)]
-    fails('since iteration 6', train.guard, cfg, 8, 5.1, *state)
-    assert train.guard(train.Config(guard_nats=0, guard_patience=3), 8, 99, *state) == (3, -1)
 
 # -----------------------------------------------------------------------------
 # The hard case: a model with GPT-2's giant vector, and what a removal hands over.
@@ -826,36 +797,33 @@ def flagship(standin):
         here(f'{standin} --control=out/remove_ln/control')
     return out.getvalue()
 
-def val_losses(out_dir):
-    return np.array([e['val_loss'] for e in train.read_log(out_dir, 'eval')])
+def losses_of(out_dir, event, key):
+    return np.array([e[key] for e in train.read_log(out_dir, event)])
 
-def worst_moment(out_dir):
-    """The most that a batch's loss was above the control's."""
-    logs = [[e['loss'] for e in train.read_log(d, 'train')]
-            for d in (out_dir, 'out/remove_ln/control')]
-    return np.subtract(*logs).max()
-
-def giants(out_dir):
-    """The largest std at position 0 and at end-of-text, times the ordinary: before, after."""
-    return [[max(look[kind].values()) for look in train.read_log(out_dir, 'giant')]
-            for kind in ('bos', 'eot')]
+def above_control(out_dir):
+    """By how much a batch's loss was above the control's, at most."""
+    ours, control = (losses_of(d, 'train', 'loss') for d in (out_dir, 'out/remove_ln/control'))
+    return (ours - control[:len(ours)]).max()
 
 def test_the_flagship_survives_the_giant_vector(flagship):
-    gap = val_losses('out/remove_ln')[-1] - val_losses('out/remove_ln/control')[-1]
-    assert worst_moment('out/remove_ln') < 2 and gap < 0.25
-    for before, after in giants('out/remove_ln'):
+    ours, control = (losses_of(d, 'eval', 'val_loss')[-1]
+                     for d in ('out/remove_ln', 'out/remove_ln/control'))
+    assert above_control('out/remove_ln') < 2 and ours - control < 0.25
+    assert f'{ours - control:+.4f}' in flagship and 'LN-free' in flagship
+    for kind in ('bos', 'eot'):     # position 0, end-of-text: their std, times the ordinary
+        before, after = (max(e[kind].values()) for e in train.read_log('out/remove_ln', 'giant'))
         assert before > 15 and after < 10       # it is undone
         assert f'{before:.1f} before, {after:.1f} now' in flagship
-    assert f'{gap:+.4f}' in flagship and 'LN-free' in flagship and 'warning' not in flagship
+    assert 'warning' not in flagship
 
-def test_the_papers_text_does_not_survive_it_and_what_is_left_is_told(standin, capsys):
-    """Special constants, merged late, in one iteration each."""
-    here(f'{standin} --out_dir=text --taper_iters=0 --start_eot=176 --start_bos=193 '
-         '--giant_loss_weight=0 --guard_nats=0')
-    out = capsys.readouterr().out
-    assert worst_moment('text') > 20 and '--taper_iters=20' in out
-    left = max(after for _, after in giants('text'))
-    assert ('warning: that is a giant vector' in out) == (left > 10)
+def test_an_abrupt_removal_does_not_and_a_giant_that_is_left_is_told(standin, capsys):
+    put({'abrupt.py': """out_dir, max_iters, warmup_iters, guard_nats = 'abrupt', 12, 1, 0.0
+taper_iters, giant_loss_weight, gap_ln2, gap_ln1qk, gap_ln1v = 0, 0.0, 1, 1, 1
+start_ln2, start_ln1qk, start_ln1v, start_lnf = 2, 3, 4, 8"""})
+    here(f'{standin} abrupt.py')
+    assert above_control('abrupt') > 5
+    before, *after = re.findall('warning: .*', capsys.readouterr().out)
+    assert '--taper_iters=20' in before and 'that is a giant vector' in after[0]
 
 def test_a_partial_removal_ends_with_its_checkpoint(workspace, capsys):
     only_ln2 = '--start_ln1qk=-1 --start_ln1v=-1 --start_lnf=-1'
@@ -873,20 +841,20 @@ def test_a_partial_removal_ends_with_its_checkpoint(workspace, capsys):
 def test_the_readmes_snippets_and_the_handed_over_folder(flagship):
     """Each snippet runs, and what it calls logits is what our own model computes;
     generation through transformers' cache too."""
-    shutil.copytree('out/remove_ln/hf', 'out/demo/hf')
-    ours = load('out/remove_ln')
+    shutil.copytree('out/remove_ln', 'out/demo')
     readme = (REPO / 'README.md').read_text()
     for snippet in re.findall(r'```python\n((?:import|from) .*?)```', readme, re.S):
         put({'snippet.py': snippet})
         names = runpy.run_path('snippet.py')
-        if 'logits' in names:
+        if 'logits' in names:       # of the hand-over, or of the folder that the snippet came to
+            ours = load(names.get('folder', 'out/demo/hf').removesuffix('/hf'))
             assert difference(names['logits'], ours(names['idx'])[0]) < 3e-4, snippet
+    ours = load('out/demo')
     assert {*os.listdir('out/demo/hf')} == {
         'README.md', 'config.json', 'generation_config.json', 'model.safetensors',
         'tokenizer.json', 'tokenizer_config.json'}
     card = Path('out/demo/hf/README.md').read_text()
-    losses = [*val_losses('out/remove_ln')[[0, -1]], val_losses('out/remove_ln/control')[-1]]
-    assert all(f' {loss:.4f}' in card for loss in losses)
+    assert all(f' {loss:.4f}' in card for loss in losses_of('out/remove_ln', 'eval', 'val_loss')[[0, -1]])
     assert 'float16' in card and 'position 0' in card
     tokenizer = transformers.AutoTokenizer.from_pretrained('out/demo/hf')
     encoded = tokenizer('import os<|endoftext|>', return_tensors='pt')
@@ -897,15 +865,17 @@ def test_the_readmes_snippets_and_the_handed_over_folder(flagship):
     assert torch.equal(text, ours.generate(prompt, 40, temperature=0))
 
 def test_nothing_at_the_end_can_cost_the_model(workspace, monkeypatch):
-    """A terminal of ASCII, and a report that fails: hf/ is there."""
-    def bug(*args):
-        raise ZeroDivisionError
-    monkeypatch.setattr(train, 'report', bug)
+    """A file system without fsync, a terminal of ASCII, a report that fails: hf/ is there."""
+    def unknown(*args):
+        raise OSError(38, 'Function not implemented')
+    monkeypatch.setenv('HOME', os.path.abspath('home'))
+    monkeypatch.setattr(os, 'fsync', unknown)
+    monkeypatch.setattr(train, 'report', lambda *args: 1 / 0)
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), 'ascii')):
         with pytest.raises(ZeroDivisionError):
-            here(f'{REMOVAL} --out_dir=é文')
+            here(f'{REMOVAL} --out_dir=~/é文')
         print('é文')
-    assert load('é文/hf').config.ln_mode == 'none'
+    assert load('home/é文/hf').config.ln_mode == 'none' and not os.path.exists('~')
 
 # -----------------------------------------------------------------------------
 # What users bring: models.
@@ -1012,17 +982,17 @@ def test_checkpoints_of_other_savers(folder):
         fails(said, load, 'saved')
     assert not os.path.exists('ran')
 
-@pytest.mark.parametrize('change', [
-    dict(n_layer=10 ** 9), dict(n_embd=3 * 10 ** 18, n_head=3), dict(n_positions=-1),
-    dict(vocab_size=2 ** 70), dict(n_embd='39'), dict(model_type='llama'),
-    dict(activation_function='gelu'), dict(n_inner=7), dict(tie_word_embeddings='no'),
-    dict(scale_attn_by_inverse_layer_idx=True), dict(layer_norm_epsilon=-1)], ids=str)
-def test_a_hostile_config_is_refused_at_once(change, folder):
+def test_a_hostile_config_is_refused_at_once(folder):
     random_model().save_pretrained('hostile')
-    config, t0 = read_json('hostile/config.json') | change, time.time()
-    put({'hostile/config.json': json.dumps(config)})
-    fails('.', load, 'hostile')
-    assert time.time() - t0 < 5
+    config, t0 = read_json('hostile/config.json'), time.time()
+    for change in (dict(n_layer=10 ** 9), dict(n_embd=3 * 10 ** 18, n_head=3), dict(n_embd='39'),
+                   dict(n_positions=-1), dict(vocab_size=2 ** 70), dict(model_type='llama'),
+                   dict(activation_function='gelu'), dict(n_inner=7),
+                   dict(tie_word_embeddings='no'), dict(layer_norm_epsilon=-1),
+                   dict(scale_attn_by_inverse_layer_idx=True)):
+        put({'hostile/config.json': json.dumps(config | change)})
+        fails('.', load, 'hostile')
+    assert time.time() - t0 < 30
 
 def own_tokenizer(folder, vocab_size=300, **config):
     """A folder with a byte-level tokenizer of its own, of which </s> is token 0."""
@@ -1167,7 +1137,6 @@ RESUME = f'{TINY} --init_from=resume --out_dir='
     ('train.py --max_iters=1.5', '1.5'),
     ('train.py --batch_size=0', 'batch_size is 0'),
     ('train.py --batch_size 8', '--key=value'),
-    ('train.py config/nothing.py', 'config/nothing.py'),
     ('train.py crash.py', 'ZeroDivisionError'),
     ('train.py typo.py', "typo.py: unknown key 'max_iter'"),
     ('train.py --dtype=float16', 'float16'),
@@ -1214,25 +1183,8 @@ def test_bad_input_is_told_in_one_line(line, said, broken, capsys):
     assert said in refused(line, capsys)
     assert kept == look() and not os.path.exists('never')
 
-def test_paths_begin_at_home_and_the_file_system_may_have_no_fsync(workspace, monkeypatch):
-    def unknown(*args):
-        raise OSError(38, 'Function not implemented')
-    monkeypatch.setenv('HOME', os.path.abspath('home'))
-    monkeypatch.setattr(os, 'fsync', unknown)
-    here(f'{TINY} --out_dir=~/run --max_iters=2')
-    assert os.path.exists('home/run/ckpt.pt') and not os.path.exists('~')
-    here('train.py tiny.py --init_from=~/run --out_dir=~/other --max_iters=2')
-    assert load('~/other')
-
-def test_a_machine_out_of_memory_is_one_line():
-    for error in (MemoryError(), RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED'),
-                  RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
-                  torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')):
-        assert 'out of memory' in model.trouble(error)
-    assert model.trouble(RuntimeError('a bug')) is None
-
 def test_a_missing_compiler_is_one_line(workspace):
     env = {'CXX': '/nowhere/g++', 'TORCHINDUCTOR_CACHE_DIR': os.path.abspath('cache')}
     process = start(f'{TINY} --out_dir=nocc --n_layer=1 --compile=True', env=env)
-    lines = [line for line in finished(process, 2).splitlines() if line.startswith('train.py: ')]
-    assert len(lines) == 1 and '--compile=False' in lines[0]
+    line, = re.findall('^train.py: .*$', finished(process, 2), re.M)
+    assert '--compile=False' in line
