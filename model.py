@@ -51,8 +51,7 @@ class GPT2Config:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             n = getattr(self, name)
             check(type(n) is int and n >= 1, f"{name} is {n!r}; expected a whole number from 1")
-        check(self.n_embd % self.n_head == 0, f"n_embd is {self.n_embd}; expected a multiple of "
-                                              f"n_head, {self.n_head}")
+        check(self.n_embd % self.n_head == 0, f"n_embd is {self.n_embd}; n_head must divide it")
         check(self.ln_mode in ('real', 'fake', 'none'), f"ln_mode is {self.ln_mode!r}; expected "
                                                         f"real, fake or none")
         check(self.layer_norm_epsilon > 0, "layer_norm_epsilon: expected a number above 0")
@@ -70,8 +69,7 @@ class GPT2Config:
 # s depends on the kind of token, because trained GPT-2s park a giant vector at position 0 and at
 # end-of-text. A merge fades the special constants into the ordinary one; only then is the map
 # affine, and can be folded. Queries/keys and values read ln_1, and are removed at different times:
-# two gates. Gates, constants and merges are buffers: they travel in the state dict, and are data
-# to torch.compile, so that moving a gate changes no graph.
+# two gates. All these are buffers: they travel in the state dict, and moving one changes no graph.
 
 TOKEN, BOS, EOT = 0, 1, 2       # ordinary; position 0; end-of-text, also at position 0
 KINDS = ('token', 'bos', 'eot')
@@ -112,10 +110,8 @@ class LayerNorm(nn.Module):
 # The transformer: GPT-2, with nanoGPT's names.
 
 class QKV(nn.Linear):
-    """The projection to queries, keys and values; values may read another input, x_v.
-
-    It is called once, whatever the ln_mode, so that hooks and adapters on c_attn see it.
-    """
+    """The projection to queries, keys and values; values may read another input, x_v. It is called
+    once, whatever the ln_mode, so that hooks and adapters on c_attn see it."""
     def forward(self, x_qk, x_v=None):
         if x_v is None:
             return super().forward(x_qk)
@@ -194,10 +190,8 @@ class GPT2(nn.Module):
 
     def forward(self, idx, targets=None, return_stds=False):
         """idx (B, T) int64 -> logits (B, T, vocab), cross-entropy in nats (None without targets).
-
         Targets of -1 are left out of its mean (0 without any other). `return_stds` adds sigma of
-        the input of each of `layernorms()`, (B, T). Raises UserError if T exceeds block_size.
-        """
+        the input of each of `layernorms()`, (B, T)."""
         T, most = idx.shape[1], self.config.block_size
         check(T <= most, f"got {T} tokens; the model's context is {most}")
         kind = self.kinds(idx) if self.config.ln_mode == 'fake' else None
@@ -225,8 +219,7 @@ class GPT2(nn.Module):
         return idx
 
     def num_params(self):
-        """Parameters, the tied unembedding counted once."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters())     # the tied unembedding once
 
     def crop_block_size(self, block_size):
         """Shortens the context to block_size tokens, by dropping the last position embeddings."""
@@ -243,11 +236,9 @@ class GPT2(nn.Module):
         return {name: m for name, m in self.named_modules() if isinstance(m, LayerNorm)}
 
     def sites(self):
-        """{site: its gate}, in the same order: h.0.ln_1.qk, h.0.ln_1.v, h.0.ln_2, ..., ln_f.
-
-        In 'fake' a gate is a 0-d view of the LN's buffer, and `.fill_(1)` removes the site; in
-        'real' it is the number 0, in 'none' 1.
-        """
+        """{site: its gate}, in the same order: h.0.ln_1.qk, h.0.ln_1.v, h.0.ln_2, ..., ln_f. In
+        'fake' it is a 0-d view of the LN's buffer: `.fill_(1)` removes the site. In 'real' it is
+        the number 0, in 'none' 1."""
         return {name + side: ln.gate[i] if ln.mode == 'fake' else int(ln.mode == 'none')
                 for name, ln in self.layernorms().items() for i, side in enumerate(ln.sides)}
 
@@ -258,9 +249,8 @@ class GPT2(nn.Module):
     @staticmethod
     def reader(ln):
         """The linear layer that reads an LN, by name: h.0.ln_1 -> h.0.attn.c_attn."""
-        for name, reads in (('ln_1', 'attn.c_attn'), ('ln_2', 'mlp.c_fc'), ('ln_f', 'lm_head')):
-            ln = ln.replace(name, reads)
-        return ln
+        return (ln.replace('ln_1', 'attn.c_attn').replace('ln_2', 'mlp.c_fc')
+                  .replace('ln_f', 'lm_head'))
 
     @torch.no_grad()
     def fold_ln(self):
@@ -269,11 +259,10 @@ class GPT2(nn.Module):
             W ((x - mean(x)) / s * w + b) + c  =  W' x + c'
             W' = (W * w / s) minus its row mean (which subtracts x's mean),   c' = c + W b
 
-        Computed in float64. Raises UserError unless every gate is 1 and every LN has one constant.
-        """
-        stock, eps = self._stock(HF_EPS)
+        Raises UserError unless every gate is 1 and every LN has one constant."""
+        sd, eps = self._stock(HF_EPS)
         check(eps >= 1e6, "cannot fold: each LayerNorm still divides by the token's own std")
-        sd = {k: v.clone() for k, v in stock.items()}
+        sd = {k: v.clone() for k, v in sd.items()}
         for name in self.layernorms():
             reader = self.reader(name)
             w, b = (sd.pop(f'{name}.{p}').double() for p in ('weight', 'bias'))
@@ -287,14 +276,12 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def _stock(self, eps):
-        """-> (state dict on the CPU, epsilon) of stock LayerNorms that compute the same.
-
-        Where LN is gone the epsilon is `eps`, so huge that each divides by a constant, s. The
-        weight makes up for it. Raises UserError where stock LN cannot compute the same.
-        """
-        c, intact = self.config, not any(self.sites().values())
-        left, n = len(self.sites_left()), len(self.sites())
-        check(intact or not left, f"{left} of {n} sites still divide by the token's own std")
+        """-> (state dict on the CPU, epsilon) of stock LayerNorms that compute the same, or else
+        UserError. Where LN is gone the epsilon is `eps`, so huge that each divides by a constant,
+        s. The weight makes up for it."""
+        c, sites, left = self.config, self.sites(), len(self.sites_left())
+        intact = not any(sites.values())
+        check(intact or not left, f"{left} of {len(sites)} sites divide by the token's own std")
         eps = c.layer_norm_epsilon if intact else eps
         s = math.sqrt(eps)      # the constant
         sd = {k: v.cpu() for k, v in self.state_dict().items() if k.endswith(('weight', 'bias'))}
@@ -310,13 +297,11 @@ class GPT2(nn.Module):
             W = sd[f'{self.reader(name)}.weight']
             stock = F.layer_norm(x, x.shape[-1:], w, b, eps)
             error = (torch.stack(ln(x, kind)[0]) - stock).cpu() @ W.T
-            check(abs(error).max() <= 1e-4 * abs(stock.cpu() @ W.T).max(),
-                  f"{name} is no stock LayerNorm: edited, or with constants of position 0 or "
-                  f"end-of-text, or its reader sees the mean of x")
+            check(abs(error).max() <= 1e-4 * abs(stock.cpu() @ W.T).max(), f"{name} is no stock "
+                  f"LayerNorm: edited, or position 0 has its own s, or its reader sees the mean")
         if c.ln_mode == 'none':
-            # A stock lm_head has no bias. Its rows have mean zero and meet vectors of mean zero: a
-            # number u added to a row changes nothing, until ln_f adds 1 to each of the C entries.
-            # Then it adds C u, so u = bias / C.
+            # A stock lm_head has no bias. Its rows have mean zero and meet vectors of mean zero: u
+            # added to a row changes nothing, until ln_f adds 1 to each of C entries: then C u.
             u = sd.pop('lm_head.bias')[:, None] / c.n_embd
             sd['lm_head.weight'], sd['ln_f.bias'] = sd['lm_head.weight'] + u, sd['ln_f.bias'] + 1
         return sd, eps
@@ -324,10 +309,7 @@ class GPT2(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_dir, ln_mode=None, dropout=0.0):
         """Loads a hub id ('gpt2', 'gpt2-medium', ...), a Hugging Face folder, or a run's out_dir.
-
-        ln_mode None keeps what is there; the LN-free convention (epsilon 1e12) is 'none'. Raises
-        UserError for what is not a GPT-2. Nothing that is loaded can run code.
-        """
+        ln_mode None keeps what is there; the LN-free convention (epsilon 1e12) is 'none'."""
         folder = local_folder(name_or_dir)
         if os.path.exists(os.path.join(folder, 'ckpt.pt')):
             ckpt = load_checkpoint(folder)
@@ -371,11 +353,9 @@ class GPT2(nn.Module):
 
     def save_pretrained(self, folder, files={}, eps=HF_EPS):
         """Writes a folder that transformers' GPT2LMHeadModel loads, and `files`, {name: bytes}.
-
         Without LayerNorm the modules stay, in the published convention: epsilon 1e12, so that each
         divides by 1e6, and weights scaled by 1e6 / s. Those of a folded model fit float16 with
-        eps=1e8, at a relative error of var / 2e8. Raises UserError as _stock does.
-        """
+        eps=1e8, at a relative error of var / 2e8."""
         c = self.config
         sd, eps = self._stock(eps)
         sd = {k if k.startswith('lm_head') else f'transformer.{k}':
@@ -414,9 +394,9 @@ def local_folder(name):
     wanted = ['config.json', *COMPANIONS, 'model*.safetensors*']
     try:
         folder = snapshot_download(name, allow_patterns=wanted)
-        if any(Path(folder).glob('*.safetensors')):
-            return folder
-        return snapshot_download(name, allow_patterns=[*wanted, 'pytorch_model*.bin*'])
+        if not any(Path(folder).glob('*.safetensors')):
+            folder = snapshot_download(name, allow_patterns=[*wanted, 'pytorch_model*.bin*'])
+        return folder
     except Exception as e:      # the many ways of not being there: offline, unknown, private
         raise UserError(f"{name} is no folder here, and no model on the hub ({one_line(e)})")
 
@@ -441,8 +421,7 @@ def _read_folder(folder):
         hf = {'bos_token_id': 50256, 'eos_token_id': 50256}
         hf.update(json.loads((folder / 'config.json').read_bytes()))
         for key, good in (ONLY | {'n_inner': [None, 4 * hf.get('n_embd', 768)]}).items():
-            check(hf.get(key, good[0]) in good, f"config.json: {key} is {hf.get(key)!r}; expected "
-                                                f"{good[0]!r}")
+            check(hf.get(key, good[0]) in good, f"config.json: {key} is {hf.get(key)!r}")
         args = {k: hf.pop(k) for k in SAME if k in hf}
         args |= {'block_size': hf.pop('n_positions', 1024), 'hf': hf}
         eot = hf['eos_token_id']
@@ -508,10 +487,10 @@ def load_checkpoint(out_dir):
 # What all scripts share: their place among torchrun's processes, and the error idiom.
 
 def place():
-    """-> (RANK, LOCAL_RANK, WORLD_SIZE) of torchrun; (0, 0, 1) for a process alone, whatever
-    another launch has left in the environment."""
-    names = {'RANK': 0, 'LOCAL_RANK': 0, 'WORLD_SIZE': 1}
-    rank, local, world = (int(os.environ.get(name) or n) for name, n in names.items())
+    """-> torchrun's (RANK, LOCAL_RANK, WORLD_SIZE); a process alone is (0, 0, 1),
+    whatever another launch has left in the environment."""
+    rank, local, world = (int(os.environ.get(name) or 0)
+                          for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
     return (rank, local, world) if world > 1 else (0, 0, 1)
 
 RANK, LOCAL_RANK, WORLD = place()
@@ -519,14 +498,12 @@ RANK, LOCAL_RANK, WORLD = place()
 def join_processes(backend='gloo'):
     """Meets the other processes, until this one ends."""
     missing = {'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'} - os.environ.keys()
-    check(not missing, f"WORLD_SIZE is {WORLD} without {', '.join(sorted(missing))}: start with "
-                       f"torchrun, or unset WORLD_SIZE")
+    check(not missing, f"WORLD_SIZE is {WORLD} without {sorted(missing)}: start with torchrun")
     dist.init_process_group(backend)
     atexit.register(gc.collect)     # a DDP that outlives the group makes torch 2.11 abort
     atexit.register(dist.destroy_process_group)
 
 def one_line(e, most=300):
-    """An exception's message on one line, of at most so many characters."""
     return ' '.join(str(e).split())[:most] or type(e).__name__
 
 def trouble(e):

@@ -97,19 +97,14 @@ class Config:
     dtype: str = 'auto'             # of the forward pass: bfloat16 where CUDA has it, else float32
     compile: bool | None = None     # None: on CUDA
     gradient_checkpointing: bool = False    # less memory, a third slower
-    # a loss guard_nats above its lowest level, for guard_patience iterations or at the end, has
-    # diverged: the run stops and the last checkpoint is kept
-    guard_nats: float = 2.0         # 0: off
-    guard_patience: int = 50
+    guard_nats: float = 2.0         # stop where the loss stays so far above its lowest; 0: off
+    guard_patience: int = 50        # for so many iterations, or at the end
 
 KEYS = {f.name: f for f in fields(Config)}
 
 def load_config(argv):
     """Config files and --key=value, the later one wins -> Config; its `given` names what they set.
-
-    A config file is Python that assigns keys; it knows the defaults and what files before it
-    assigned. Modules, functions and names with an underscore in front are its own.
-    """
+    Modules, functions and names with an underscore in front are a config file's own."""
     given = {}
     for arg in argv:
         if arg.startswith('--'):
@@ -120,8 +115,8 @@ def load_config(argv):
                     value = ast.literal_eval(value)
             found = {name: value}
         else:
+            # it knows all keys, as builtins: so its own names are those that it assigns
             known = {name: key.default for name, key in KEYS.items()} | given
-            # what it knows are builtins to it: so its own names are those that it assigns
             own = {'__file__': os.path.abspath(arg), '__builtins__': vars(builtins) | known}
             try:
                 exec(compile(Path(arg).read_text('utf-8-sig'), arg, 'exec'), own)
@@ -148,8 +143,7 @@ def check_config(cfg):
     check(cfg.dtype in ('auto', 'float32', 'bfloat16'), f"dtype is {cfg.dtype!r}: try --dtype=auto")
     check(not cfg.decay_lr or cfg.min_lr <= cfg.learning_rate, f"min_lr={cfg.min_lr:g} is above "
           f"learning_rate={cfg.learning_rate:g}: give both, or --decay_lr=False")
-    check(0 <= cfg.random_share < 1 and 0 <= cfg.distil <= 1, "random_share and distil are shares: "
-                                                               "expected 0 to 1")
+    check(0 <= cfg.random_share < 1 and 0 <= cfg.distil <= 1, "random_share, distil: not 0 to 1")
     check(cfg.teacher or not cfg.random_share, "random_share needs a --teacher=")
 
 # -----------------------------------------------------------------------------
@@ -157,8 +151,8 @@ def check_config(cfg):
 
 def fade(x):
     """A gate, after the fraction x of its taper_iters. A gate g multiplies what a giant vector of r
-    times the ordinary std feeds by 1 + (r - 1) g; for r = 42 and 20 iterations the first of a
-    linear gate multiplies by 3, none of the square's by more than 1.4."""
+    times the ordinary std feeds by 1 + (r - 1) g: for r = 42 and 20 iterations the first of a
+    linear gate by 3, none of the square's by more than 1.4."""
     return min(max(x, 0.0), 1.0) ** 2
 
 def gates(cfg, it, n_layer):
@@ -178,10 +172,8 @@ def gates(cfg, it, n_layer):
     return table
 
 def set_gates(cfg, it, model, measured):
-    """Moves the model's gates to those of iteration it -> what to log.
-
-    A LayerNorm is measured, by measured() -> (n_LN, 3), when the gate of its first side leaves 0.
-    """
+    """Moves the model's gates to those of iteration it -> what to log. A LayerNorm is measured, by
+    measured() -> (n_LN, 3), when the gate of its first side leaves 0."""
     was, now = (gates(cfg, i, model.config.n_layer) for i in (it - 1, it))
     moving = [name for name in now if now[name] != was[name]]   # sites, 'bos', 'eot'
     lns, sites = model.layernorms(), model.sites()
@@ -202,11 +194,9 @@ def set_gates(cfg, it, model, measured):
 
 @torch.no_grad()
 def measure(model, forward, batches):
-    """The constants, the mean of sqrt(var + eps) over all ranks' tokens of a kind -> (n_LN, 3).
-
-    batches: (x, y) of this rank, y -1 where a token does not count. A kind that these tokens lack
-    takes the ordinary constant.
-    """
+    """The constants: the mean of sqrt(var + eps) over all ranks' tokens of a kind -> (n_LN, 3). Of
+    a kind without tokens: the ordinary one. batches: this rank's x, y; y is -1 where a token does
+    not count."""
     model.eval()
     sums = torch.zeros(len(model.layernorms()), len(KINDS), dtype=torch.float64)
     counts = torch.zeros(len(KINDS), dtype=torch.float64)
@@ -220,12 +210,10 @@ def measure(model, forward, batches):
     return torch.where(counts > 0, mean, mean[:, TOKEN:TOKEN + 1])
 
 def std_losses(stds, kinds):
-    """-> (auxiliary loss, giant loss), from sigma (B, T) of each LN's input and kinds (B, T).
-
-    The first: how far the std before ln_f is from its mean over ordinary tokens, squared. The
-    second, summed over the special tokens: the squared logarithm of their std over that mean, where
-    it is above. Means are a sequence's own, so that batch_size and ranks do not change them.
-    """
+    """-> (auxiliary loss, giant loss), from sigma (B, T) of each LN's input and kinds (B, T). The
+    first: how far the std before ln_f is from its mean over ordinary tokens, squared. The second,
+    summed over the special tokens: the squared logarithm of their std over that mean, where it is
+    above. Means are a sequence's own, so that batch_size and ranks do not change them."""
     std, ordinary = torch.stack(stds), kinds == TOKEN           # (n_LN, B, T), (B, T)
     n = ordinary.sum(-1).clamp(min=1)
     mean = (std.detach() * ordinary).sum(-1) / n                # (n_LN, B)
@@ -238,8 +226,7 @@ def std_losses(stds, kinds):
 # Data.
 
 class Data:
-    """data/NAME/{train,val}.bin, mapped, not read: the batches and the validation windows of a
-    model. Raises UserError if they do not fit it."""
+    """data/NAME/{train,val}.bin: a model's batches and validation windows, if they fit it."""
 
     def __init__(self, cfg, meta, model_config, device):
         self.cfg, self.meta, self.device = cfg, meta, device
@@ -255,8 +242,7 @@ class Data:
             n = os.path.getsize(path) / 2 if os.path.exists(path) else 0
             want = meta.get(split, {}).get('tokens', n // 1)
             check(n == want, f"{path} has {n:.1f} tokens, not {want:.0f}: damaged or not uint16")
-            check(n > T, f"{path} has {n:.0f} tokens, less than block_size + 1 = {T + 1}: prepare "
-                         f"more text, or a larger --val_fraction")
+            check(n > T, f"{path} has {n:.0f} tokens; a window needs {T + 1}: prepare more text")
             ids = np.memmap(path, dtype=np.uint16, mode='r')
             check(meta or ids[1:1 << 16:2].any(), f"{path} holds 32-bit numbers, not uint16")
             self._check(ids[:1 << 20])      # a look at the beginning; every batch is checked too
@@ -271,10 +257,10 @@ class Data:
               f"{self.vocab_size} tokens: type prepare.py ... --tokenizer=MODEL")
 
     def _to_device(self, rows, counts):
-        """rows (B, T + 1) uint16 -> the tokens x and those that follow them y, (B, T) int64; y is
+        """B rows (T + 1,) uint16 -> the tokens x and those that follow them y, (B, T) int64; y is
         -1 where counts, (B, 1) or (B, T), is False."""
+        rows = np.stack(rows).astype(np.int64)
         self._check(rows)
-        rows = rows.astype(np.int64)
         # copies that are contiguous, because a graph is compiled for its inputs' strides too
         xy = [torch.from_numpy(z) for z in (rows[:, :-1].copy(), np.where(counts, rows[:, 1:], -1))]
         if self.device.startswith('cuda'):
@@ -291,22 +277,18 @@ class Data:
         here = np.arange(micro * B, (micro + 1) * B)
         rows = [noise[i] if i < self.n_random else self.train[starts[i]:starts[i] + T + 1]
                 for i in here]
-        return self._to_device(np.stack(rows), (here >= self.n_random)[:, None])
+        return self._to_device(rows, (here >= self.n_random)[:, None])
 
     def windows(self):
-        """This rank's share of the validation windows: (number of the first, x, y).
-
-        In data that prepare.py cut into windows of this length, the last target of a window is the
-        first token of another text: it does not count.
-        """
+        """This rank's share of the validation windows: (number of the first, x, y)."""
         B, T = self.cfg.batch_size, self.T
         for i in range(RANK * B, len(self.starts), WORLD * B):
-            rows = np.zeros((B, T + 1), np.uint16)      # always B rows: one shape, one graph
-            counts = np.zeros((B, T), bool)
-            for row, start in enumerate(self.starts[i:i + B]):
-                rows[row], counts[row] = self.val[start:start + T + 1], True
+            here = np.arange(i, i + B)      # always B rows, for one graph; only windows count
+            starts = self.starts[here % len(self.starts)]
+            counts = np.repeat(here < len(self.starts), T).reshape(B, T)
+            # where prepare.py cut windows of this length, another text follows on each
             counts[:, -1] &= self.meta.get('window') != T
-            yield i, *self._to_device(rows, counts)
+            yield i, *self._to_device([self.val[s:s + T + 1] for s in starts], counts)
 
 def digest(arrays):
     """16 hex digits that stand for arrays (n,): of a large one, for 256 pieces spread over it."""
@@ -368,12 +350,8 @@ def divergence(teacher, x, logits):
 
 def step(cfg, it, model, raw, optimizer, data, autocast, distil=None):
     """One iteration -> (this rank's part of the mean cross-entropy and KL (2,), the gradient's
-    norm, stds).
-
-    model: raw, compiled or wrapped. distil(x, logits): divergence() from the teacher, if there is
-    one. stds: the last micro-batch's, (B, T) for each LN. Ranks take micro-batches in turn; a rank
-    with none left computes one with weight 0.
-    """
+    norm, stds of the last micro-batch). model: raw, compiled and wrapped. distil(x, logits): the
+    KL. Ranks take micro-batches in turn; a rank with none left computes one with weight 0."""
     B, n, totals = cfg.batch_size, data.n_micro, 0
     raw.train()
     for group in optimizer.param_groups:
@@ -381,9 +359,10 @@ def step(cfg, it, model, raw, optimizer, data, autocast, distil=None):
     for first in range(0, n, WORLD):
         micro = first + RANK
         # this micro-batch's share of the iteration's sequences, and of those with targets
-        share = 1 / n if micro < n else 0.0
+        share = 1 / n
         told = min(max((micro + 1) * B - data.n_random, 0), B) / (n * B - data.n_random)
-        told = told if micro < n else 0.0
+        if micro >= n:
+            share = told = 0.0
         x, y = data.batch(it, micro % n)
         if cfg.dropout:     # a stream for each micro-batch: resuming needs no generator's state
             torch.manual_seed(((cfg.seed * 1_000_003 + it) * 1_000_003 + micro) % 2 ** 63)
@@ -411,7 +390,7 @@ def step(cfg, it, model, raw, optimizer, data, autocast, distil=None):
 def train(cfg):
     # each process checks all that it needs, alone; then they meet; then rank 0 writes
     device, autocast, dtype, compiled = find_machine(cfg)
-    raw, data, teacher, ckpt, files = open_all(cfg, device)
+    raw, data, teacher, ckpt = open_all(cfg, device)
     state = {'iter': 0, 'train_guard': (math.inf, -1), 'val_guard': (math.inf, -1),
              'log_bytes': 0, 'run': os.urandom(4).hex(), 'identity': data.identity}
     state |= {key: ckpt[key] for key in state if ckpt}
@@ -434,7 +413,7 @@ def train(cfg):
     if ckpt:
         optimizer.load_state_dict(ckpt['optimizer'])
     if RANK == 0:
-        claim_out_dir(cfg, state, files)
+        claim_out_dir(cfg, state)
         if not ckpt:        # proves that it can be written; from now on the run can be resumed
             save(cfg, raw, optimizer, state)
     print0(f"{raw.num_params():,} parameters, ln_mode {raw.config.ln_mode!r}, on {WORLD} x "
@@ -443,11 +422,11 @@ def train(cfg):
     start = logged = state['iter']
     if start == 0:
         loss = evaluate(cfg, 0, raw, forward, data)
-        if cfg.init_from != 'scratch' and loss > math.log(data.vocab_size):
+        if cfg.init_from != 'scratch' and loss > math.log(data.vocab_size) + 0.1:
             print0("warning: that is worse than chance: is this data of this model's tokenizer?")
         if cfg.remove_ln:
             log_giant(cfg, 0, raw, forward, data)
-    t0 = then = time.time()
+    then = time.time()
 
     with stop_signals() as asked:
         for it in range(start, cfg.max_iters):
@@ -464,16 +443,14 @@ def train(cfg):
             if it % cfg.log_interval == 0 or done == cfg.max_iters:
                 loss, kl = all_reduce(losses.cpu().double()).tolist()
                 state['train_guard'] = guard(cfg, it, loss, *state['train_guard'])
-                now = time.time()
-                speed = (done - logged) * cfg.batch_tokens / max(now - then, 1e-9)
-                left = (now - t0) / (done - start) * (cfg.max_iters - done)
                 losses = {'loss': loss, 'kl': kl} if teacher else {'loss': loss}
-                progress(cfg, it, raw, losses, speed, left)
-                then, logged = now, done
+                speed = (done - logged) * cfg.batch_tokens / max(time.time() - then, 1e-9)
+                progress(cfg, it, raw, losses, speed)
+                then, logged = time.time(), done
 
             # evaluate and save: the model as this iteration left it
             due = done % cfg.eval_interval == 0 or done == cfg.max_iters
-            stop = all_reduce(torch.tensor(len(asked))).item() if WORLD > 1 else len(asked)
+            stop = all_reduce(torch.tensor(len(asked))).item()
             if due:
                 t = time.time()
                 loss = evaluate(cfg, done, raw, forward, data)
@@ -486,14 +463,14 @@ def train(cfg):
                 elif RANK == 0:
                     save(cfg, raw, optimizer, state)
             if stop and done < cfg.max_iters:
-                print0(f"train.py: stopped and saved after iteration {it}; go on with the same "
-                       f"command and --init_from=resume", sys.stderr)
+                print0(f"train.py: stopped after iteration {it}: go on with the same command and "
+                       f"--init_from=resume", sys.stderr)
                 sys.exit(128 + (asked or [signal.SIGTERM])[0])
 
     if cfg.remove_ln:
         log_giant(cfg, cfg.max_iters, raw, forward, data)
     if RANK == 0:
-        hand_over(cfg, raw, data, files)
+        hand_over(cfg, raw, data)
 
 @command
 def main(argv):
@@ -511,9 +488,8 @@ def main(argv):
 
 def find_machine(cfg):
     """-> (device, autocast, its dtype by name, whether to compile)."""
-    n, device, native = torch.cuda.device_count(), cfg.device, False
-    if device == 'auto':
-        device = 'cuda' if n else 'cpu'
+    n, native = torch.cuda.device_count(), False
+    device = cfg.device if cfg.device != 'auto' else 'cuda' if n else 'cpu'
     kind = device.split(':')[0]
     there = {'cpu': 1, 'cuda': n, 'mps': torch.backends.mps.is_available()}
     check(there.get(kind), f"device is {device!r}, which is not here: type --device=auto")
@@ -530,78 +506,70 @@ def find_machine(cfg):
     return device, autocast, dtype, kind == 'cuda' if cfg.compile is None else cfg.compile
 
 def open_all(cfg, device):
-    """Opens and checks all the input -> (model, data, teacher or None, the checkpoint to resume or
-    None, {name: bytes} of the files to hand over with the model)."""
-    folder, teacher = Path('data', cfg.dataset), None
-    check(folder.is_dir(), f"no {folder}: type python prepare.py SOURCE --name={cfg.dataset}, for "
-                           f"example with SOURCE openwebtext --max_tokens=700_000_000")
-    path = folder / 'meta.json'     # bins of another program have none
+    """Opens and checks all the input -> (model, data, teacher or None, checkpoint or None)."""
+    path = Path('data', cfg.dataset, 'meta.json')       # bins of another program have none
+    check(path.parent.is_dir(), f"no {path.parent}: type python prepare.py SOURCE "
+                                f"--name={cfg.dataset}")
     try:
         meta = json.loads(path.read_text('utf-8-sig')) if path.exists() else {}
         check(not meta or {'vocab_size', 'train', 'val'} <= {*meta}, "it lacks counts")
     except (ValueError, TypeError) as e:
         raise UserError(f"{path} is damaged ({one_line(e)}): prepare the data again")
-    raw, ckpt, files = load_model(cfg, meta)
-    data, size = Data(cfg, meta, raw.config, device), raw.config.vocab_size
+    raw, ckpt = load_model(cfg, meta)
+    data, teacher = Data(cfg, meta, raw.config, device), None
     if cfg.eval_only:
-        return raw, data, None, None, files
+        return raw, data, None, None
     for path in (os.path.join(cfg.out_dir, name) for name in ('ckpt.pt', 'hf')):
         check(ckpt or not os.path.exists(path), f"{path} is of another run: type "
               f"--init_from=resume to go on with it, or another --out_dir")
     n = cfg.batch_size * data.T
-    check(cfg.batch_tokens % n == 0, f"batch_tokens is {cfg.batch_tokens}; expected a multiple of "
-          f"batch_size * block_size: type --batch_tokens={max(cfg.batch_tokens // n, 1) * n}")
+    check(cfg.batch_tokens % n == 0, f"batch_tokens={cfg.batch_tokens}: no multiple of batch_size "
+          f"* block_size: type --batch_tokens={max(cfg.batch_tokens // n, 1) * n}")
     if cfg.teacher:
         teacher = GPT2.from_pretrained(cfg.teacher).eval().requires_grad_(False)
         n, T = teacher.config.vocab_size, teacher.config.block_size
-        check(n == size and T >= data.T, f"teacher={cfg.teacher} has {n} tokens and a context of "
-                                         f"{T}; expected {size}, and at least {data.T}")
+        check(n == data.vocab_size and T >= data.T, f"teacher={cfg.teacher} has {n} tokens and a "
+              f"context of {T}; expected {data.vocab_size}, and at least {data.T}")
     if cfg.control:
         of = read_log(cfg.control, 'eval')[-1].get('of')
-        check(of == data.identity, f"control={cfg.control} is of {of}, not of {data.identity}: "
-                                   f"give both runs the same data and windows")
+        check(of == data.identity, f"control={cfg.control} is of other data or windows: {of}")
     check_schedule(cfg, raw, ckpt)
     if ckpt:
-        size = os.path.getsize(log_path(cfg)) if os.path.exists(log_path(cfg)) else 0
-        check(ckpt['identity'] == data.identity and size >= ckpt['log_bytes'],
-              f"the run is of {ckpt['identity']} with {ckpt['log_bytes']} bytes of log.jsonl, not "
-              f"of {data.identity} with {size}: put the data, eval_iters and log back")
-    return raw, data, teacher, ckpt, files
+        of, log = ckpt['identity'], Path(log_path(cfg))
+        check(of == data.identity, f"the run is of other data or windows: {of}")
+        check(log.exists() and log.stat().st_size >= ckpt['log_bytes'], f"{log} was shortened")
+    return raw, data, teacher, ckpt
 
 def load_model(cfg, meta):
-    """-> (model, the checkpoint to resume or None, {name: bytes}: the files of its tokenizer, or of
-    the data's if it brings none)."""
-    ckpt, n, folder = None, meta.get('vocab_size'), os.path.join('data', cfg.dataset, 'tokenizer')
+    """-> (model, the checkpoint to resume or None)."""
+    ckpt, n = None, meta.get('vocab_size')
     mode = cfg.ln_mode if 'ln_mode' in cfg.given else None
     mode = 'fake' if cfg.remove_ln and not cfg.eval_only else mode
     source = cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from
-    files = companions(folder) if os.path.isdir(folder) else {}
     if source == 'scratch':
         check(cfg.vocab_size or n, "no meta.json: type --vocab_size=50257 if this is GPT-2's data")
         torch.manual_seed(cfg.seed)
         model = GPT2(GPT2Config(cfg.block_size, cfg.vocab_size or n, cfg.n_layer, cfg.n_head,
                                 cfg.n_embd, cfg.dropout, mode or cfg.ln_mode))
+    elif cfg.init_from == 'resume' and not cfg.eval_only:
+        ckpt = load_checkpoint(source)
+        check('run' in ckpt, f"{source}/ckpt.pt is no run's: type --init_from={source}")
+        model = GPT2.from_state(ckpt['model_args'], ckpt['model'], source, mode, cfg.dropout)
     else:
-        if cfg.init_from == 'resume' and not cfg.eval_only:
-            ckpt = load_checkpoint(source)
-            check('run' in ckpt, f"{source}/ckpt.pt is no run's: type --init_from={source}")
-            model = GPT2.from_state(ckpt['model_args'], ckpt['model'], source, mode, cfg.dropout)
-        else:
-            model = GPT2.from_pretrained(source, mode, cfg.dropout)
-        for key in {'n_layer', 'n_head', 'n_embd', 'vocab_size'} & cfg.given:
-            want, has = getattr(cfg, key), getattr(model.config, key)
-            check(want in (has, 0), f"{key} is {want}, but {source} has {has}: leave {key} out")
-        if 'block_size' in cfg.given:
-            model.crop_block_size(cfg.block_size)
-        # some pad the vocabulary to a multiple of 64 or 128, or add tokens of their own
-        size, own = model.config.vocab_size, companions(source)
-        check(not n or n <= size < n + 128, f"data/{cfg.dataset} has the {n} tokens of "
-              f"{meta.get('tokenizer')!r}, {source} {size}: prepare.py ... --tokenizer={source}")
-        files = own if {'tokenizer.json', 'vocab.json'} & own.keys() else files | own
+        model = GPT2.from_pretrained(source, mode, cfg.dropout)
+    for key in {'n_layer', 'n_head', 'n_embd', 'vocab_size'} & cfg.given:
+        want, has = getattr(cfg, key), getattr(model.config, key)
+        check(want in (has, 0), f"{key} is {want}, but {source} has {has}: leave {key} out")
+    if 'block_size' in cfg.given:
+        model.crop_block_size(cfg.block_size)
+    # some pad the vocabulary to a multiple of 64 or 128, or add tokens of their own
+    size = model.config.vocab_size
+    check(source == 'scratch' or not n or n <= size < n + 128, f"data/{cfg.dataset} has the {n} "
+          f"tokens of {meta.get('tokenizer')!r}, {source} {size}: prepare.py --tokenizer={source}")
     if meta.get('eot') is not None:
         model.config.eot_token_id = meta['eot']
     model.gradient_checkpointing = cfg.gradient_checkpointing
-    return model, ckpt, files
+    return model, ckpt
 
 def check_schedule(cfg, model, ckpt):
     """Raises UserError for a schedule that cannot run, not on this model, or not from ckpt on."""
@@ -609,28 +577,23 @@ def check_schedule(cfg, model, ckpt):
     before, last, ever = (gates(cfg, it, n) for it in (-1, cfg.max_iters - 1, 10 ** 9))
     check(not cfg.remove_ln or any(ever[site] for site in sites), "every start_ key is -1")
     for name in ever:
-        check(last[name] == ever[name], f"{name} has a gate of {last[name]:.2f} at max_iters="
-              f"{cfg.max_iters}: change that, taper_iters or start_")
+        check(last[name] == ever[name], f"{name} is not gone by max_iters={cfg.max_iters}")
         check(name in KINDS or before[name] == 0, f"{name} would begin to go before iteration 0")
     for site in sites if ever and not ckpt else ():
         check(sites[site] in (0, 1), f"init_from={cfg.init_from} stopped while {site} faded")
-        check(sites[site] == 0 or ever[site] == 0, f"{site} has no LayerNorm in init_from="
-                                                   f"{cfg.init_from}: set its start_ to -1")
+        check(sites[site] == 0 or ever[site] == 0, f"{site} is gone already: set its start_ to -1")
     for it in range(ckpt['iter']) if ckpt else ():
         past, now = (gates(c, it, n).items() for c in (Config(**ckpt['config']), cfg))
-        check(past == now, f"the schedule of iteration {it} was another, {sorted(past ^ now)[:2]}: "
-                           f"give the run's remove_ln, start_, gap_ and taper_ keys")
+        check(past == now, f"iteration {it} had {sorted(past ^ now)[:2]}: give the run's schedule")
 
 def agree(cfg, data, models):
     """Raises UserError unless all ranks have the same config, data and loaded models."""
-    mine = repr(cfg), data.identity, *(digest(p.detach().flatten().numpy() for p in m.parameters())
-                                       for m in models if m)
-    everyone = [None] * WORLD
-    dist.all_gather_object(everyone, mine)
-    for rank, theirs in enumerate(everyone):
-        differ = [b for a, b in zip(everyone[0], theirs) if a != b]
-        check_together(not differ, f"process {rank} has another config, data or model than process "
-                                   f"0: {differ}: give all machines the same")
+    weights = [digest(p.detach().flatten().numpy() for p in m.parameters()) for m in models if m]
+    for name, mine in (('config', repr(cfg)), ('data', data.identity), ('model', weights)):
+        everyone = [None] * WORLD
+        dist.all_gather_object(everyone, mine)
+        others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+        check_together(not others, f"processes {others} have another {name} than process 0")
 
 def check_together(ok, message):
     """check() of what all ranks find alike: rank 0 tells."""
@@ -638,15 +601,20 @@ def check_together(ok, message):
         sys.exit(2)
     check(ok, message)
 
-def claim_out_dir(cfg, state, files):
+def claim_out_dir(cfg, state):
     """Begins to write to out_dir, and to wandb."""
     if cfg.wandb_log:
         import wandb
         wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir,
                    config=asdict(cfg), id=state['run'], resume='allow')
     os.makedirs(os.path.realpath(cfg.out_dir), exist_ok=True)       # a link may lead nowhere yet
-    for name, content in files.items():
-        write(os.path.join(cfg.out_dir, 'tokenizer', name), content)
+    if cfg.init_from != 'resume':       # keep the tokenizer of the model, or else of the data
+        folder = os.path.join('data', cfg.dataset, 'tokenizer')
+        files = companions(folder) if os.path.isdir(folder) else {}
+        own = companions(cfg.init_from) if cfg.init_from != 'scratch' else {}
+        files = own if {'tokenizer.json', 'vocab.json'} & own.keys() else files | own
+        for name, content in files.items():
+            write(os.path.join(cfg.out_dir, 'tokenizer', name), content)
     with open(log_path(cfg), 'a') as f:
         f.truncate(state['log_bytes'])      # what came later will happen again
 
@@ -662,7 +630,6 @@ def stop_signals():
     """Yields the list of signals received so far; each asks the run to finish the iteration and
     save. A third Ctrl-C stops at once. Afterwards the old handlers are back."""
     asked, old = [], {}
-
     def ask(number, frame):
         asked.append(number)
         if asked.count(signal.SIGINT) > 2:      # torchrun passes a Ctrl-C on, so that one is two
@@ -708,14 +675,14 @@ def read_log(out_dir, event):
     check(entries, f"{out_dir}/log.jsonl is damaged, or has no {event!r} entry")
     return entries
 
-def progress(cfg, it, raw, losses, speed, seconds):
-    """Logs and prints a step: its losses, `speed` in tokens a second, the seconds until the end."""
-    lr = get_lr(cfg, it)
+def progress(cfg, it, raw, losses, speed):
+    """Logs and prints a step: its losses, `speed` in tokens a second."""
+    lr, left = get_lr(cfg, it), (cfg.max_iters - it - 1) * cfg.batch_tokens / speed     # seconds
     log(cfg, event='train', iter=it, **losses, lr=lr, tok_per_s=round(speed, 1))
     print0(f"iter {it:>6} | " + ''.join(f"{name} {loss:.4f} | " for name, loss in losses.items())
            + f"lr {lr:.2e} | {speed:>11,.0f} tok/s"
            + (f" | LN sites left {len(raw.sites_left()):>3}" if cfg.remove_ln else '')
-           + f" | {timedelta(seconds=int(seconds))} left")
+           + f" | {timedelta(seconds=int(left))} left")
 
 def evaluate(cfg, it, raw, forward, data):
     """The validation loss after `it` iterations, logged."""
@@ -738,23 +705,22 @@ def guard(cfg, it, loss, level, since):
     over = it + 1 == cfg.max_iters or it + 1 - since >= cfg.guard_patience
     check_together(math.isfinite(loss) and not over, f"diverged: since iteration {since} the loss, "
                    f"{loss:.4f} now, is not within guard_nats={cfg.guard_nats:g} of its lowest, "
-                   f"{level:.4f}; {cfg.out_dir}/ckpt.pt is of before. Try a longer taper_iters, "
-                   f"wider gaps, more iterations or a lower rate")
+                   f"{level:.4f}; {cfg.out_dir}/ckpt.pt is of before: try a longer taper_iters, "
+                   f"more iterations or a lower rate")
     return level, since
 
 def log_giant(cfg, it, raw, forward, data):
-    """{kind: {LN: its std, times the ordinary one}}, measured on the validation windows; logged.
-    Tells of a fade that would multiply what such a token feeds by more than 5 in an iteration."""
+    """Logs {kind: {LN: its std, times the ordinary one}}, measured on the validation windows.
+    Warns of a fade whose first iteration multiplies what such a token feeds by more than 5."""
     stds = measure(raw, forward, ((x, y) for _, x, y in data.windows()))
     times = (stds / stds[:, TOKEN:TOKEN + 1]).T.tolist()
     ratios = {KINDS[k]: dict(zip(raw.layernorms(), times[k])) for k in (BOS, EOT)}
     log(cfg, event='giant', iter=it, **ratios)
-    r, n = max(max(ratios[k].values()) for k in ratios), max(cfg.taper_iters, 1)
-    fed = [1 + (r - 1) * fade(k / n) for k in range(n + 1)]
-    steepest = max(after / before for before, after in zip(fed, fed[1:]))
-    if it == 0 and steepest > 5:
-        print0(f"warning: a giant vector, {r:.0f} times the ordinary std: an iteration of a fade "
-               f"multiplies what it feeds by up to {steepest:.0f}: type --taper_iters=20")
+    r = max(max(ratios[kind].values()) for kind in ratios)
+    first = 1 + (r - 1) * fade(1 / max(cfg.taper_iters, 1))     # what follows is below 4
+    if it == 0 and first > 5:
+        print0(f"warning: a giant vector, {r:.0f} times the ordinary std: the first iteration of a "
+               f"fade multiplies what it feeds by up to {first:.0f}: type --taper_iters=20")
 
 # -----------------------------------------------------------------------------
 # Handing over. The model is written first: nothing that is printed later can cost it.
@@ -771,8 +737,8 @@ TransformerLens' `HookedTransformer.from_pretrained` type `for m in model.module
 'eps'): m.eps = 1e12`. Weights of 1e6 do not fit float16.
 """
 
-def hand_over(cfg, raw, data, files):
-    """Writes hf/ if no LayerNorm is left, and its card; prints the result."""
+def hand_over(cfg, raw, data):
+    """Writes hf/ and its card if no LayerNorm is left; prints the result."""
     hf, written = os.path.join(cfg.out_dir, 'hf'), os.path.join(cfg.out_dir, 'ckpt.pt')
     if cfg.remove_ln:
         try:
@@ -782,31 +748,30 @@ def hand_over(cfg, raw, data, files):
         else:
             if os.path.exists(hf):      # resumed after its end: somebody may have edited it
                 os.rename(hf, f'{hf}.{time.time():.0f}')
-            raw.save_pretrained(hf, files)
+            raw.save_pretrained(hf, companions(cfg.out_dir))
             written = hf
-        lines = report(cfg, raw, data)
-        print0(f"\n{lines}")
+        result = report(cfg, raw, data)
+        print0(f"\n{result}")
         if written == hf:
-            write(os.path.join(hf, 'README.md'), f"{CARD}\n```\n{lines}\n```\n".encode())
+            write(os.path.join(hf, 'README.md'), f"{CARD}\n```\n{result}\n```\n".encode())
     print0(f"written: {written}")
 
 def report(cfg, raw, data):
     """The result, as text: before, the control where there is one, after; the giant vector."""
     own, looks = (read_log(cfg.out_dir, event) for event in ('eval', 'giant'))
-    left, losses = len(raw.sites_left()), {'pre-trained': own[0]['val_loss']}
+    left, losses, kept = len(raw.sites_left()), {'pre-trained': own[0]['val_loss']}, None
     if cfg.control:
-        losses['control (LN kept)'] = read_log(cfg.control, 'eval')[-1]['val_loss']
+        kept = losses['control (LN kept)'] = read_log(cfg.control, 'eval')[-1]['val_loss']
     losses[f'{left} LN sites left' if left else 'LN-free'] = own[-1]['val_loss']
     lines = [f"{cfg.dataset:<20}{f'val nats/{data.noun}':>16}{'gap to control':>16}"]
     for name, loss in losses.items():
-        gap = f"{loss - losses['control (LN kept)']:+.4f}" if cfg.control else ''
-        lines.append(f"{name:<20}{loss:>16.4f}{gap if name != 'pre-trained' else '':>16}")
+        gap = f"{loss - kept:+.4f}" if cfg.control and name != 'pre-trained' else ''
+        lines.append(f"{name:<20}{loss:>16.4f}{gap:>16}")
     for kind, name in (('bos', 'position 0'), ('eot', 'end-of-text')):
         was, now = (max(look[kind].values()) for look in (looks[0], looks[-1]))
         lines.append(f"largest std at {name}, times the ordinary: {was:.1f} before, {now:.1f} now")
         if now > 10 and not left:
-            lines.append("warning: that is a giant vector, on which the model may explode: train "
-                         "longer, or raise giant_loss_weight")
+            lines.append("warning: a giant vector: the model may explode; raise giant_loss_weight")
     return '\n'.join(lines)
 
 if __name__ == '__main__':
