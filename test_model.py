@@ -660,7 +660,7 @@ def test_signals_finish_the_iteration_and_save(number, workspace, at_step, handl
     with pytest.raises(SystemExit) as e:
         here(f'{TINY} --out_dir=stopped{number}')
     assert e.value.code == 128 + number
-    assert 'saved after iteration 5;' in capsys.readouterr().err
+    assert 'stopped after iteration 5:' in capsys.readouterr().err
     assert model.load_checkpoint(f'stopped{number}')['iter'] == 6
 
 def test_a_run_within_another_program(workspace, at_step, handlers, capsys):
@@ -730,7 +730,7 @@ def test_processes_that_were_started_another_way(workspace):
     assert finished(second, 2) == ''        # the first of each machine tells
     assert re.fullmatch('train.py: .*MASTER_ADDR.*torchrun.*\n', finished(lost, 2))
     told = ''.join(finished(process, 2) for process in machines)
-    assert re.fullmatch("train.py: process 1 has another .*'train': .*, '[0-9a-f]{16}'.*\n", told)
+    assert told == 'train.py: processes [1] have another data than process 0\n'
     assert not [*Path('.').glob('machine*/never')]
 
 def test_a_resumed_run_is_the_same_run_in_wandb(workspace, monkeypatch):
@@ -1297,7 +1297,7 @@ def test_gpt2s_tokenizer_json_needs_no_network(folder, capsys, gpt2, monkeypatch
     here('prepare.py rows.jsonl --name=offline --val_fraction=0 --tokenizer=mine')
     assert documents_of('offline', eot=50256) == documents_of('online', eot=50256)
     error = refused('prepare.py rows.jsonl --name=x', capsys)
-    assert 'TIKTOKEN_CACHE_DIR' in error and 'tokenizer.json' in error and 'bytes' in error
+    assert 'TIKTOKEN_CACHE_DIR' in error and 'tokenizer.json' in error
 
 def test_bytes_files_are_what_transformers_reads(folder):
     put(prepare.get_tokenizer('bytes').files | {'config.json': '{"model_type": "gpt2"}'})
@@ -1441,12 +1441,12 @@ RESUME = f'{TINY} --init_from=resume --out_dir='
     (f'{NEW} remove.py --gap_ln2=-5', 'h.1.ln_2'),
     (f'{NEW} --remove_ln=True --start_ln2=-1 --start_ln1qk=-1 --start_ln1v=-1 --start_lnf=-1',
      'start_'),
-    (f'{LOADED} remove.py --init_from=free', 'has no LayerNorm'),
+    (f'{LOADED} remove.py --init_from=free', 'gone already'),
     (f'{LOADED} remove.py --init_from=fading', 'while h.1.ln_1.v faded'),
     (f'{NEW} --init_from=no/such', 'no/such'),
     (f'{LOADED} --init_from=damaged', 'damaged'),
     (f'{RESUME}free remove.py --start_lnf=14 --max_iters=20', 'ln_f'),
-    (f'{RESUME}free --max_iters=20', 'schedule of iteration'),
+    (f'{RESUME}free --max_iters=20', 'schedule'),
     (f'{RESUME}nolog', 'log.jsonl'),
     (f'{RESUME}run --eval_iters=5', 'windows'),
     (f'{NEW} --out_dir=run', '--init_from=resume'),

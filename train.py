@@ -450,7 +450,7 @@ def train(cfg):
 
             # evaluate and save: the model as this iteration left it
             due = done % cfg.eval_interval == 0 or done == cfg.max_iters
-            stop = all_reduce(torch.tensor(len(asked))).item()
+            stop = all_reduce(torch.tensor(len(asked))).item() if WORLD > 1 else len(asked)
             if due:
                 t = time.time()
                 loss = evaluate(cfg, done, raw, forward, data)
@@ -771,7 +771,7 @@ def report(cfg, raw, data):
         was, now = (max(look[kind].values()) for look in (looks[0], looks[-1]))
         lines.append(f"largest std at {name}, times the ordinary: {was:.1f} before, {now:.1f} now")
         if now > 10 and not left:
-            lines.append("warning: a giant vector: the model may explode; raise giant_loss_weight")
+            lines.append("warning: that is a giant vector: raise giant_loss_weight, or train longer")
     return '\n'.join(lines)
 
 if __name__ == '__main__':
