@@ -174,7 +174,7 @@ def main(argv):
     if WORLD > 1:
         join_processes()    # so that all wait for the file
     questions = parse(Path(o.data).read_bytes(), o.data, o.limit)
-    if o.json and RANK == 0:        # before the work, not after it
+    if o.json and RANK == 0:
         check(not os.path.isdir(o.json), f"--json={o.json} is a folder; expected a file")
         os.makedirs(os.path.dirname(os.path.abspath(o.json)), exist_ok=True)
     t0, n = time.time(), len(questions)
@@ -188,15 +188,15 @@ def main(argv):
         return
     result, scores = accuracies(questions, found)
     truncated = (found[..., 2] > 0).flatten(1).any(1).sum().item()
-    if o.json:
-        about = {'model': o.model, 'questions': n, 'truncated': truncated, 'scores': scores}
-        write(o.json, json.dumps(result | about).encode())
     print(f"{o.model}: {n:,} questions of HellaSwag in {time.time() - t0:.0f} s")
     print(f"questions longer than the context, which lost some on the left: {truncated:,}")
     print(f"\n{'':<18}{'accuracy':>10}{'std. error':>12}")
     for name in ('acc', 'acc_norm', 'harness_acc', 'harness_acc_norm'):
         error = '' if n == 1 else f"{result[name + '_stderr']:.2%}"
         print(f"{name:<18}{result[name]:>10.2%}{error:>12}")
+    if o.json:
+        about = {'model': o.model, 'questions': n, 'truncated': truncated, 'scores': scores}
+        write(o.json, json.dumps(result | about).encode())
 
 if __name__ == '__main__':
     main()

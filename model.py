@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -489,9 +490,10 @@ def load_checkpoint(out_dir):
 def place():
     """-> torchrun's (RANK, LOCAL_RANK, WORLD_SIZE); a process alone is (0, 0, 1),
     whatever another launch has left in the environment."""
-    rank, local, world = (int(os.environ.get(name) or 0)
-                          for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
-    return (rank, local, world) if world > 1 else (0, 0, 1)
+    numbers = [os.environ.get(name, '') for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]
+    if not numbers[2].isdecimal() or int(numbers[2]) < 2:
+        return 0, 0, 1
+    return tuple(int(n) if n.isdecimal() else 0 for n in numbers)
 
 RANK, LOCAL_RANK, WORLD = place()
 
@@ -527,13 +529,16 @@ def command(main):
             return print(main.__globals__['__doc__'])
         try:
             return main(argv)
+        except SystemExit as e:     # of a run that was asked to stop, and has said so
+            told, status = None, e.code
         except (Exception, KeyboardInterrupt) as e:
             told, status = trouble(e), 130 if isinstance(e, KeyboardInterrupt) else 2
             if told is None:
                 raise
-        # What all processes find before they meet, the first of each machine tells. Outside of
-        # `except`: a notebook would keep the traceback, and with it the model on the GPU.
-        if LOCAL_RANK == 0 or dist.is_initialized():
+        # Outside of `except`: a notebook would keep the traceback, and the model with it
+        if LOCAL_RANK > 0 and not dist.is_initialized():
+            time.sleep(3)       # what the first process finds too, it tells: torchrun ends this one
+        if told:
             print(f"{Path(main.__code__.co_filename).name}: {told}", file=sys.stderr)
         sys.exit(status)
     return wrapped

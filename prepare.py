@@ -399,7 +399,8 @@ def main(argv):
     try:
         prepare(o, tokenizer, folder)
     except BaseException:       # all or nothing
-        for path in [folder] if new else folder.glob('*.partial'):
+        ours = [*folder.glob('*.partial'), *(folder / file for file in data)]   # a killed run's
+        for path in [folder] if new else ours:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
 

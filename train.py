@@ -89,7 +89,7 @@ class Config:
     aux_loss_weight: float = 0.0    # holds the std before ln_f near its mean; in a removal only
     giant_loss_weight: float = 0.0  # shrinks the special tokens' std; in a removal only
     # a teacher that kept its LayerNorm
-    teacher: str = ''               # a hub id, a folder, an out_dir
+    teacher: str = ''               # a hub id, a folder, an out_dir; 'init_from': what that names
     distil: float = 0.5             # the share of the loss that is KL(teacher || model)
     random_share: float = 0.0       # of the sequences: random ids, taught by the teacher alone
     # machine
@@ -133,17 +133,25 @@ def load_config(argv):
                   f"{arg}: {name} is {value!r}; expected {getattr(want, '__name__', want)}")
             given[name] = os.path.expanduser(value) if want is str else value
     cfg = Config(**given)
+    if cfg.teacher == 'init_from':
+        cfg.teacher = cfg.init_from
     cfg.given = {*given}
     return cfg
 
 def check_config(cfg):
     """Raises UserError for values that nobody else would refuse."""
-    for name in ('eval_interval', 'log_interval', 'batch_size', 'batch_tokens', 'max_iters'):
-        check(getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}; expected 1 or more")
+    positive = 'eval_interval log_interval batch_size batch_tokens max_iters n_layer'.split()
+    high = {'vocab_size': (1 << 16) + 1, 'dropout': 1, 'beta1': 1, 'beta2': 1, 'random_share': 1}
+    for name, key in KEYS.items():
+        value, low = getattr(cfg, name), int(name in positive)
+        check(key.type not in (int, float) or name.startswith(('start_', 'gap_'))
+              or low <= value < high.get(name, 2 ** 63), f"{name} is {value}; expected at least "
+              f"{low}, and less than {high.get(name, 2 ** 63)}")
     check(cfg.dtype in ('auto', 'float32', 'bfloat16'), f"dtype is {cfg.dtype!r}: try --dtype=auto")
     check(not cfg.decay_lr or cfg.min_lr <= cfg.learning_rate, f"min_lr={cfg.min_lr:g} is above "
           f"learning_rate={cfg.learning_rate:g}: give both, or --decay_lr=False")
-    check(0 <= cfg.random_share < 1 and 0 <= cfg.distil <= 1, "random_share, distil: not 0 to 1")
+    check(cfg.distil <= 1, f"distil is {cfg.distil}; expected 0 to 1")
+    check(cfg.out_dir, "out_dir is empty")
     check(cfg.teacher or not cfg.random_share, "random_share needs a --teacher=")
 
 # -----------------------------------------------------------------------------
@@ -273,7 +281,8 @@ class Data:
         B, T = self.cfg.batch_size, self.T
         rng = np.random.default_rng([self.cfg.seed, it])
         starts = rng.integers(len(self.train) - T, size=self.n_micro * B)
-        noise = rng.integers(self.vocab_size, size=(self.n_random, T + 1), dtype=np.uint16)
+        ids = min(self.vocab_size, 1 << 16)
+        noise = rng.integers(ids, size=(self.n_random, T + 1), dtype=np.uint16)
         here = np.arange(micro * B, (micro + 1) * B)
         rows = [noise[i] if i < self.n_random else self.train[starts[i]:starts[i] + T + 1]
                 for i in here]
@@ -458,7 +467,7 @@ def train(cfg):
                 then += time.time() - t
             if due or stop:
                 high = max(state['train_guard'][1], state['val_guard'][1]) >= 0
-                if not norm.isfinite() or high and not stop:
+                if high or not norm.isfinite():
                     print0("not saved: the last checkpoint is better than this")
                 elif RANK == 0:
                     save(cfg, raw, optimizer, state)
@@ -494,7 +503,7 @@ def find_machine(cfg):
     there = {'cpu': 1, 'cuda': n, 'mps': torch.backends.mps.is_available()}
     check(there.get(kind), f"device is {device!r}, which is not here: type --device=auto")
     if kind == 'cuda':
-        local = int(os.environ['LOCAL_WORLD_SIZE']) if WORLD > 1 else 1
+        local = int(os.environ.get('LOCAL_WORLD_SIZE') or 1) if WORLD > 1 else 1
         check(local <= n, f"{local} processes for {n} GPUs: type --nproc_per_node={n}")
         device = f'cuda:{LOCAL_RANK}' if device == 'cuda' else device
         native = torch.cuda.get_device_capability(device)[0] >= 8
@@ -512,8 +521,9 @@ def open_all(cfg, device):
                                 f"--name={cfg.dataset}")
     try:
         meta = json.loads(path.read_text('utf-8-sig')) if path.exists() else {}
-        check(not meta or {'vocab_size', 'train', 'val'} <= {*meta}, "it lacks counts")
-    except (ValueError, TypeError) as e:
+        counts = [meta[k]['tokens'] for k in ('train', 'val')] if path.exists() else [0]
+        check(min(counts) >= 0 and meta.get('vocab_size', 1) > 0, "its counts are negative")
+    except (ValueError, TypeError, KeyError) as e:
         raise UserError(f"{path} is damaged ({one_line(e)}): prepare the data again")
     raw, ckpt = load_model(cfg, meta)
     data, teacher = Data(cfg, meta, raw.config, device), None
@@ -526,7 +536,9 @@ def open_all(cfg, device):
     check(cfg.batch_tokens % n == 0, f"batch_tokens={cfg.batch_tokens}: no multiple of batch_size "
           f"* block_size: type --batch_tokens={max(cfg.batch_tokens // n, 1) * n}")
     if cfg.teacher:
-        teacher = GPT2.from_pretrained(cfg.teacher).eval().requires_grad_(False)
+        resumed = ckpt and cfg.teacher == 'resume'      # 'init_from', of a run that goes on
+        teacher = GPT2.from_pretrained(ckpt['config']['teacher'] if resumed else cfg.teacher)
+        teacher.eval().requires_grad_(False)
         n, T = teacher.config.vocab_size, teacher.config.block_size
         check(n == data.vocab_size and T >= data.T, f"teacher={cfg.teacher} has {n} tokens and a "
               f"context of {T}; expected {data.vocab_size}, and at least {data.T}")
@@ -582,14 +594,18 @@ def check_schedule(cfg, model, ckpt):
     for site in sites if ever and not ckpt else ():
         check(sites[site] in (0, 1), f"init_from={cfg.init_from} stopped while {site} faded")
         check(sites[site] == 0 or ever[site] == 0, f"{site} is gone already: set its start_ to -1")
-    for it in range(ckpt['iter']) if ckpt else ():
-        past, now = (gates(c, it, n).items() for c in (Config(**ckpt['config']), cfg))
+    done, config = (ckpt['iter'], ckpt['config']) if ckpt else (0, {})
+    check(done <= cfg.max_iters, f"{done} iterations are done: type --max_iters={done} or more")
+    old = Config(**{key: value for key, value in config.items() if key in KEYS})
+    for it in range(done):
+        past, now = (gates(c, it, n).items() for c in (old, cfg))
         check(past == now, f"iteration {it} had {sorted(past ^ now)[:2]}: give the run's schedule")
 
 def agree(cfg, data, models):
     """Raises UserError unless all ranks have the same config, data and loaded models."""
-    weights = [digest(p.detach().flatten().numpy() for p in m.parameters()) for m in models if m]
-    for name, mine in (('config', repr(cfg)), ('data', data.identity), ('model', weights)):
+    weights = [digest(p.flatten().numpy() for p in m.state_dict().values()) for m in models if m]
+    told = [data.identity, data.meta]
+    for name, mine in (('config', repr(cfg)), ('data', told), ('model', weights)):
         everyone = [None] * WORLD
         dist.all_gather_object(everyone, mine)
         others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
@@ -637,7 +653,7 @@ def stop_signals():
     # what terminals, kill and schedulers send; nohup and & ignore some, and so do we
     for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'):
         number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:
+        if number and signal.getsignal(number) not in (signal.SIG_IGN, None):   # not Python's
             with contextlib.suppress(ValueError):       # in a thread: without
                 old[number] = signal.signal(number, ask)
     try:
@@ -699,7 +715,7 @@ def guard(cfg, it, loss, level, since):
     """-> (the lowest loss so far; the iteration since when the loss is guard_nats above it, or -1).
     UserError if that lasts, or is so at the end: it is neither saved nor handed over."""
     level = min(level, loss)
-    if loss <= level + (cfg.guard_nats or math.inf):
+    if math.isfinite(loss) and loss <= level + (cfg.guard_nats or math.inf):
         return level, -1
     since = it if since < 0 else since
     over = it + 1 == cfg.max_iters or it + 1 - since >= cfg.guard_patience
@@ -742,10 +758,15 @@ def hand_over(cfg, raw, data):
     hf, written = os.path.join(cfg.out_dir, 'hf'), os.path.join(cfg.out_dir, 'ckpt.pt')
     if cfg.remove_ln:
         try:
-            raw.fold_ln()
+            x, folded = next(data.windows())[1][:4], raw.eval().fold_ln()
         except UserError as e:
             print0(f"no LN-free model to hand over: {e}")
         else:
+            torch.set_float32_matmul_precision('highest')       # TF32 would drown the difference
+            with torch.no_grad():
+                a, b = raw(x)[0], folded(x)[0]
+            check((a - b).abs().max() <= 1e-3 * a.abs().max(), "folding changes the logits by "
+                  f"{(a - b).abs().max():.2g}: nothing is handed over")
             if os.path.exists(hf):      # resumed after its end: somebody may have edited it
                 os.rename(hf, f'{hf}.{time.time():.0f}')
             raw.save_pretrained(hf, companions(cfg.out_dir))
@@ -771,7 +792,7 @@ def report(cfg, raw, data):
         was, now = (max(look[kind].values()) for look in (looks[0], looks[-1]))
         lines.append(f"largest std at {name}, times the ordinary: {was:.1f} before, {now:.1f} now")
         if now > 10 and not left:
-            lines.append("warning: that is a giant vector: raise giant_loss_weight, or train longer")
+            lines.append("warning: that is a giant vector: raise giant_loss_weight or train longer")
     return '\n'.join(lines)
 
 if __name__ == '__main__':
