@@ -577,9 +577,9 @@ def test_batches_are_a_function_of_seed_and_iteration_however_they_are_cut(works
     mixed = batches(3, '--random_share=0.12')
     assert torch.equal(mixed, batches(3, '--random_share=0.12', batch_size=8))
     assert torch.equal(mixed[2:], plain[2:]) and (mixed[:2, 32:] == -1).all()
-    ids = torch.cat([batches(it, '--random_share=0.12')[:2, :32] for it in range(99)])
-    assert len(ids.unique(dim=0)) == 198 and ids.max() == 256
-    assert torch.bincount(ids.flatten()).float().std() < 10     # uniform: about the root of 24.7
+    ids = torch.cat([batches(it, '--random_share=0.12')[:2, :32] for it in range(40)])
+    assert len(ids.unique(dim=0)) == 80 and ids.max() == 256
+    assert torch.bincount(ids.flatten()).float().std() < 10     # uniform: about the root of 10
 
 @pytest.mark.parametrize('share, n_random', [(0.25, 0), (1, 0), (0.5, 6)])
 def test_the_gradient_is_that_of_the_mixed_loss(share, n_random, workspace):
