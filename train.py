@@ -423,7 +423,7 @@ def train(cfg):
         optimizer.load_state_dict(ckpt['optimizer'])
     if RANK == 0:
         claim_out_dir(cfg, state)
-        if not ckpt:        # proves that it can be written; from now on the run can be resumed
+        if not ckpt:        # shows that it can be written; the run can be resumed from now on
             save(cfg, raw, optimizer, state)
     print0(f"{raw.num_params():,} parameters, ln_mode {raw.config.ln_mode!r}, on {WORLD} x "
            f"{device.split(':')[0]} in {dtype}{', compiled' * compiled}; "
