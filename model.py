@@ -25,7 +25,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch.utils.checkpoint import checkpoint
 
 class UserError(ValueError):
     """What a person can mend: `command`, below, prints it as one line and exits with status 2."""
@@ -53,9 +52,7 @@ class GPT2Config:
             n = getattr(self, name)
             check(type(n) is int and n >= 1, f"{name} is {n!r}; expected a whole number from 1")
         check(self.n_embd % self.n_head == 0, f"n_embd is {self.n_embd}; n_head must divide it")
-        check(self.ln_mode in ('real', 'fake', 'none'), f"ln_mode is {self.ln_mode!r}; expected "
-                                                        f"real, fake or none")
-        check(self.layer_norm_epsilon > 0, "layer_norm_epsilon: expected a number above 0")
+        check(self.ln_mode in ('real', 'fake', 'none'), f"ln_mode is {self.ln_mode!r}: type real")
         self.tie_word_embeddings &= self.ln_mode != 'none'
         if self.eot_token_id is None:
             self.eot_token_id = min(50256, self.vocab_size - 1)
@@ -88,11 +85,8 @@ class LayerNorm(nn.Module):
             self.register_buffer('std', torch.ones(len(KINDS)))     # s, as measured
             self.register_buffer('merge', torch.zeros(len(KINDS)))  # 1: the ordinary s instead
 
-    def real(self, x):
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-
     def frozen(self, x, kind):
-        """What replaces `real`: edit this for another (experiments/variants/dyt.py does)."""
+        """What replaces LayerNorm: edit this for another (experiments/variants/dyt.py does)."""
         inverse = torch.lerp(1 / self.std, 1 / self.std[TOKEN], self.merge)         # (3,)
         scale = self.weight * inverse[kind].unsqueeze(-1)                           # (B, T, C)
         return torch.addcmul(self.bias, x - x.mean(-1, keepdim=True), scale)
@@ -101,7 +95,8 @@ class LayerNorm(nn.Module):
         """x (B, T, C), kind (B, T) -> ([(B, T, C) for each side], sigma(x) (B, T))."""
         if self.mode == 'none':
             return [x] * len(self.sides), None
-        sigma, y = (x.var(-1, correction=0) + self.eps).sqrt(), self.real(x)
+        sigma = (x.var(-1, correction=0) + self.eps).sqrt()
+        y = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         if self.mode == 'real':
             return [y] * len(self.sides), sigma
         frozen = self.frozen(x, kind)
@@ -167,7 +162,6 @@ class GPT2(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False     # recompute activations in the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -197,9 +191,8 @@ class GPT2(nn.Module):
         check(T <= most, f"got {T} tokens; the model's context is {most}")
         kind = self.kinds(idx) if self.config.ln_mode == 'fake' else None
         x, stds = self.drop(self.wte(idx) + self.wpe.weight[:T]), []        # (B, T, C)
-        again = self.gradient_checkpointing and self.training
         for block in self.h:
-            x, std = checkpoint(block, x, kind, use_reentrant=False) if again else block(x, kind)
+            x, std = block(x, kind)
             stds += std
         (y,), std = self.ln_f(x, kind)
         logits, loss = self.lm_head(y), None
@@ -219,16 +212,6 @@ class GPT2(nn.Module):
             idx = torch.cat((idx, ids.gather(1, new)), 1)
         return idx
 
-    def num_params(self):
-        return sum(p.numel() for p in self.parameters())     # the tied unembedding once
-
-    def crop_block_size(self, block_size):
-        """Shortens the context to block_size tokens, by dropping the last position embeddings."""
-        check(1 <= block_size <= self.config.block_size,
-              f"block_size is {block_size}; expected 1 to {self.config.block_size}")
-        self.config.block_size = self.wpe.num_embeddings = block_size
-        self.wpe.weight = nn.Parameter(self.wpe.weight[:block_size].detach().clone())
-
     # -------------------------------------------------------------------------
     # Sites: one for each reader of an LN, 3 * n_layer + 1 in all. Folding, loading, saving.
 
@@ -237,9 +220,8 @@ class GPT2(nn.Module):
         return {name: m for name, m in self.named_modules() if isinstance(m, LayerNorm)}
 
     def sites(self):
-        """{site: its gate}, in the same order: h.0.ln_1.qk, h.0.ln_1.v, h.0.ln_2, ..., ln_f. In
-        'fake' it is a 0-d view of the LN's buffer: `.fill_(1)` removes the site. In 'real' it is
-        the number 0, in 'none' 1."""
+        """{site: its gate}, in the same order: h.0.ln_1.qk, h.0.ln_1.v, h.0.ln_2, ..., ln_f. The
+        gate is a 0-d view of the buffer, `.fill_(1)` removes it; or 0 in `real`, 1 in `none`."""
         return {name + side: ln.gate[i] if ln.mode == 'fake' else int(ln.mode == 'none')
                 for name, ln in self.layernorms().items() for i, side in enumerate(ln.sides)}
 
@@ -278,8 +260,7 @@ class GPT2(nn.Module):
     @torch.no_grad()
     def _stock(self, eps):
         """-> (state dict on the CPU, epsilon) of stock LayerNorms that compute the same, or else
-        UserError. Where LN is gone the epsilon is `eps`, so huge that each divides by a constant,
-        s. The weight makes up for it."""
+        UserError. Where LN is gone, by so huge an `eps` that each divides by a constant, s."""
         c, sites, left = self.config, self.sites(), len(self.sites_left())
         intact = not any(sites.values())
         check(intact or not left, f"{left} of {len(sites)} sites divide by the token's own std")
@@ -322,8 +303,6 @@ class GPT2(nn.Module):
         """A float32 model of GPT2Config's fields and a state dict, in ln_mode if that is exact."""
         try:
             config = GPT2Config(**model_args | {'dropout': dropout})
-            last = f'h.{config.n_layer - 1}.attn.c_attn.weight'     # before a billion are made
-            check(last in sd, f"n_layer is {config.n_layer}, but the weights lack {last}")
             if config.tie_word_embeddings:      # stored under either name, or both
                 wte = sd.setdefault('wte.weight', sd.get('lm_head.weight'))
                 head = sd.setdefault('lm_head.weight', wte)
@@ -337,8 +316,7 @@ class GPT2(nn.Module):
             raise UserError(f"{source} is not a GPT-2's: {one_line(e)}")
         if config.tie_word_embeddings:      # assigning gave each a parameter of its own
             model.lm_head.weight = model.wte.weight
-        # sqrt(var + 1e12) is the constant 1e6: a removed LN
-        free = config.ln_mode == 'real' and config.layer_norm_epsilon >= 1e6
+        free = config.ln_mode == 'real' and config.layer_norm_epsilon >= 1e6    # a removed LN
         if free or ln_mode == 'none' != config.ln_mode:
             model = model.fold_ln()
         if ln_mode in (None, model.config.ln_mode):
@@ -354,9 +332,8 @@ class GPT2(nn.Module):
 
     def save_pretrained(self, folder, files={}, eps=HF_EPS):
         """Writes a folder that transformers' GPT2LMHeadModel loads, and `files`, {name: bytes}.
-        Without LayerNorm the modules stay, in the published convention: epsilon 1e12, so that each
-        divides by 1e6, and weights scaled by 1e6 / s. Those of a folded model fit float16 with
-        eps=1e8, at a relative error of var / 2e8."""
+        Without LayerNorm the modules stay: by an epsilon of 1e12 each divides by 1e6. A folded
+        model's weights fit float16 with eps=1e8, at a relative error of var / 2e8."""
         c = self.config
         sd, eps = self._stock(eps)
         sd = {k if k.startswith('lm_head') else f'transformer.{k}':
@@ -369,16 +346,15 @@ class GPT2(nn.Module):
             'activation_function': 'gelu_new', 'n_positions': c.block_size, 'n_ctx': c.block_size,
             **{f'{part}_pdrop': c.dropout for part in ('resid', 'embd', 'attn')},
             **{k: getattr(c, k) for k in SAME}, 'layer_norm_epsilon': eps}
-        ids = {k: v for k, v in config.items() if re.fullmatch('(bos|eos|pad)_token_id', k)}
-        files = {'generation_config.json': json.dumps(ids).encode(), **files,
+        files = {**files,
                  'model.safetensors': lambda tmp: save_file(sd, tmp, metadata={'format': 'pt'}),
                  'config.json': json.dumps(config, indent=2).encode()}  # last: now it is a model
         for name, content in files.items():
             write(os.path.join(folder, name), content)
 
 # -----------------------------------------------------------------------------
-# A Hugging Face folder is config.json + model.safetensors, under OpenAI's names, which are ours,
-# with a block's four projections transposed (there Conv1D, here Linear).
+# Files. A Hugging Face folder is config.json + model.safetensors. Its names are ours; the four
+# projections of a block are transposed (there Conv1D, here Linear).
 
 CONV1D = re.compile(r'(c_attn|c_proj|c_fc)\.weight$')
 PREFIXES = re.compile(r'^((module|_orig_mod|transformer)\.)+|\b_orig_mod\.')    # wrappers' names
@@ -409,24 +385,21 @@ def companions(source):
     return {f.name: f.read_bytes() for pattern in COMPANIONS
             for f in sorted(folder.glob(pattern)) if f.is_file()}
 
-ONLY = {    # what would change the computation
-    'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
-    'tie_word_embeddings': [True, False], 'scale_attn_weights': [True],
-    'scale_attn_by_inverse_layer_idx': [False], 'num_attention_heads': [None],
-    'num_hidden_layers': [None]}
-
 def _read_folder(folder):
     """-> (GPT2Config's fields, state dict under our names); config.json's defaults are ours."""
     folder = Path(folder)
     try:
         hf = {'bos_token_id': 50256, 'eos_token_id': 50256}
         hf.update(json.loads((folder / 'config.json').read_bytes()))
-        for key, good in (ONLY | {'n_inner': [None, 4 * hf.get('n_embd', 768)]}).items():
+        only = {    # what would change the computation
+            'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
+            'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False],
+            'tie_word_embeddings': [True, False], 'n_inner': [None, 4 * hf.get('n_embd', 768)]}
+        for key, good in only.items():
             check(hf.get(key, good[0]) in good, f"config.json: {key} is {hf.get(key)!r}")
         args = {k: hf.pop(k) for k in SAME if k in hf}
         args |= {'block_size': hf.pop('n_positions', 1024), 'hf': hf}
-        eot = hf['eos_token_id']
-        eot = eot[0] if isinstance(eot, list) and eot else eot
+        eot = hf['eos_token_id'][0] if isinstance(hf['eos_token_id'], list) else hf['eos_token_id']
         if type(eot) is int and 0 <= eot < args.get('vocab_size', 50257):
             args['eot_token_id'] = eot
         for stale in ('n_ctx', 'n_inner', 'torch_dtype', 'transformers_version'):
@@ -445,9 +418,6 @@ def _read_folder(folder):
                       if not k.endswith(('.attn.bias', '.attn.masked_bias'))}   # causal masks
     except Exception as e:      # each library has its own types
         raise UserError(f"{folder} is damaged or not the folder of a GPT-2 ({one_line(e)})")
-
-# -----------------------------------------------------------------------------
-# Checkpoints.
 
 def write(path, content):
     """Writes bytes, or what content(path) writes, whole or not at all. Follows links."""
@@ -478,7 +448,6 @@ def load_checkpoint(out_dir):
     path = os.path.join(out_dir, 'ckpt.pt')
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
-        check('iter_num' not in ckpt, "nanoGPT's, whose GELU is not GPT-2's")
         check({'model', 'model_args'} <= ckpt.keys(), "it lacks model or model_args")
     except Exception as e:      # damage has many names
         raise UserError(f"{path} is missing, damaged or not of train.py ({one_line(e)})")
@@ -488,8 +457,7 @@ def load_checkpoint(out_dir):
 # What all scripts share: their place among torchrun's processes, and the error idiom.
 
 def place():
-    """-> torchrun's (RANK, LOCAL_RANK, WORLD_SIZE); a process alone is (0, 0, 1),
-    whatever another launch has left in the environment."""
+    """-> torchrun's (RANK, LOCAL_RANK, WORLD_SIZE); a process alone is (0, 0, 1) whatever is set"""
     numbers = [os.environ.get(name, '') for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]
     if not numbers[2].isdecimal() or int(numbers[2]) < 2:
         return 0, 0, 1
@@ -523,8 +491,6 @@ def command(main):
     """Decorates a script's main(argv): --help prints its docstring, trouble one line, status 2."""
     def wrapped(argv=None):
         argv = sys.argv[1:] if argv is None else argv
-        if hasattr(sys.stdout, 'reconfigure'):  # what a terminal cannot print must not end a run
-            sys.stdout.reconfigure(errors='backslashreplace')
         if '--help' in argv or '-h' in argv:
             return print(main.__globals__['__doc__'])
         try:
@@ -536,7 +502,7 @@ def command(main):
             if told is None:
                 raise
         # Outside of `except`: a notebook would keep the traceback, and the model with it
-        if LOCAL_RANK > 0 and not dist.is_initialized():
+        if told and LOCAL_RANK > 0:
             time.sleep(3)       # what the first process finds too, it tells: torchrun ends this one
         if told:
             print(f"{Path(main.__code__.co_filename).name}: {told}", file=sys.stderr)

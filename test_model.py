@@ -77,7 +77,7 @@ standin.SIZE = 180.0        # in so short a training it shrinks less
 standin.main(['standin', '--n_layer=3', '--n_embd=96', '--block_size=64'])
 for line in ('tiny.py --init_from=standin --out_dir=giant --max_iters=200 --batch_size=16 '
              '--batch_tokens=1024 --warmup_iters=10 --learning_rate=2e-3 --min_lr=2e-4',
-             '{SCALED} config/control.py', '{SCALED} --control=out/remove_ln/control'):
+             '{SCALED} config/control.py', '{SCALED}'):
     with open('flagship.log', 'w') as log, contextlib.redirect_stdout(log):
         train.main(line.split())"""}
 # all that a removal can have: a teacher, random sequences, a taper, penalties
@@ -238,17 +238,7 @@ def test_a_gate_moves_its_own_site_only_and_mixes_the_inverse_scales():
     expected = attn.c_proj(y.transpose(1, 2).reshape(2, 5, 39))
     assert difference(attn(qk, v), expected) < 1e-4 < difference(attn(qk, qk), expected)
 
-class LoRA(torch.nn.Module):
-    """What peft makes of a linear layer."""
-    def __init__(self, base):
-        super().__init__()
-        self.base, self.down = base, torch.nn.Linear(39, 2, bias=False)
-        self.up = torch.nn.Linear(2, 117, bias=False)
-
-    def forward(self, x, *args, **kwargs):
-        return self.base(x, *args, **kwargs) + self.up(self.down(x))
-
-def test_fake_with_gates_at_0_is_real_and_hooks_and_adapters_on_c_attn_work_in_both():
+def test_fake_with_gates_at_0_is_real_and_hooks_on_c_attn_work_in_both():
     real = random_model()
     fake, seen = as_fake(real), []
     assert len(fake.sites()) == 3 * 3 + 1 and difference(real(IDX)[0], fake(IDX)[0]) < 1e-6
@@ -260,17 +250,11 @@ def test_fake_with_gates_at_0_is_real_and_hooks_and_adapters_on_c_attn_work_in_b
     assert len(seen) == 2 and difference(seen[0][1], seen[1][1]) < 1e-5     # each was called once
     assert difference(fake(IDX)[0], random_model()(IDX)[0]) > 0.01
     fake.sites()['h.1.ln_1.v'].fill_(0.5)
-    mixed, c_attn = fake(IDX)[0], real.h[1].attn.c_attn
+    fake(IDX)
     (qk, v), y = seen[-1]       # at mixed gates the output is of both inputs
+    c_attn = real.h[1].attn.c_attn
     exact = torch.cat((F.linear(qk, c_attn.weight[:78]), F.linear(v, c_attn.weight[78:])), -1)
     assert difference(y, exact + c_attn.bias) < 1e-5 < 0.01 < difference(qk, v)
-    torch.manual_seed(1)
-    real.h[1].attn.c_attn = fake.h[1].attn.c_attn = lora = LoRA(c_attn)
-    assert difference(fake(IDX)[0], mixed) > 0.01
-    fake(IDX, IDX)[1].backward()
-    assert all(p.grad.abs().max() > 0 for p in (lora.down.weight, lora.up.weight))
-    fake.sites()['h.1.ln_1.v'].fill_(0)
-    assert difference(fake(IDX)[0], real(IDX)[0]) < 1e-5
 
 def test_constants_are_the_means_over_tokens_of_a_kind():
     model = random_model('fake')
@@ -345,58 +329,29 @@ def test_what_transformers_cannot_express_is_refused(folder):
     fails('mean', random_model('none').save_pretrained, 'x')
     assert not os.path.exists('x')
 
-def test_another_replacement_is_a_subclass_in_a_config_file(folder, monkeypatch):
+def test_a_forks_edit_is_kept_but_not_folded(folder, monkeypatch):
     random_model().save_pretrained('stock')
     monkeypatch.setattr(model, 'LayerNorm', model.LayerNorm)    # is put back
     train.load_config([str(REPO / 'experiments/variants/dyt.py')])
-    fork = GPT2.from_pretrained('stock', 'fake').eval().requires_grad_(False)
-    assert fork.h[0].ln_2.alpha == 0.5      # it begins fresh
-    assert difference(fork(IDX)[0], random_model()(IDX)[0]) < 1e-6
+    fork = remove_all(GPT2.from_pretrained('stock', 'fake').eval().requires_grad_(False))
     fork.h[0].ln_2.alpha.fill_(0.75)
-    for gate in fork.sites().values():
-        gate.fill_(1)
     model.save_checkpoint('run', fork)
-    again = load('run')
-    assert again.h[0].ln_2.alpha == 0.75 and torch.equal(again(IDX)[0], fork(IDX)[0])
+    assert torch.equal(load('run')(IDX)[0], fork(IDX)[0])
     fails('no stock LayerNorm', fork.save_pretrained, 'x')      # that would be another function
     fails('no stock LayerNorm', fork.fold_ln)
-    assert not os.path.exists('x')
-
-GPU = """
-import copy, sys, torch, train
-from model import GPT2, GPT2Config
-if not torch.cuda.is_available():
-    sys.exit('no GPU')
-torch.manual_seed(0)
-cpu = GPT2(GPT2Config(64, 101, 2, 4, 64, ln_mode='fake'))
-gpu, idx = copy.deepcopy(cpu).cuda(), torch.randint(101, (4, 65))
-for gate in (0, 0.3, 1):
-    def run(model, call, dtype):
-        for ln in model.layernorms().values():
-            ln.gate.fill_(gate), ln.std.fill_(1.5)
-        model.zero_grad()
-        x = idx.to(model.wte.weight.device)
-        with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
-            logits, loss = call(x[:, :-1], x[:, 1:])
-        loss.backward()
-        return torch.cat([z.detach().float().flatten().cpu()
-                          for z in (logits, *(p.grad for p in model.parameters()))])
-    compiled, exact = torch.compile(gpu, fullgraph=True), run(cpu, cpu, torch.float32)
-    for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-        error = (run(gpu, compiled, dtype) - exact).norm() / exact.norm()
-        assert error < most, (gate, dtype, error)
-train.main([*sys.argv[1:], '--device=cuda', '--dtype=bfloat16', '--compile=True'])
-"""
 
 def test_on_a_gpu_where_there_is_one(workspace):
-    """Compiled, in float32 and bfloat16, at three gates: what the CPU computes. And a removal."""
-    put({'gpu.py': GPU})
-    process = start(f'gpu.{REMOVAL.removeprefix("train.")} --out_dir=gpu',
-                    env={'CUDA_VISIBLE_DEVICES': GPUS})
-    output = process.communicate(timeout=300)[0]
-    if output.endswith('no GPU\n'):
+    """A removal, compiled: the CPU's losses, in float32 and bfloat16, at all its gates."""
+    ask = 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+    env = os.environ | {'CUDA_VISIBLE_DEVICES': GPUS or '0'}
+    if subprocess.run([sys.executable, '-c', ask], env=env).returncode:
         pytest.skip('no GPU')
-    assert process.returncode == 0 and load('gpu/hf').config.ln_mode == 'none', output
+    here(f'{REMOVAL} --taper_iters=3 --out_dir=cpu')
+    for dtype, most in (('float32', 1e-3), ('bfloat16', 0.05)):
+        finished(start(f'{REMOVAL} --taper_iters=3 --out_dir={dtype} --dtype={dtype} '
+                       '--device=cuda --compile=True', env=env))
+        off = losses_of(dtype, 'train', 'loss') - losses_of('cpu', 'train', 'loss')
+        assert abs(off).max() < most and load(f'{dtype}/hf').config.ln_mode == 'none'
 
 # -----------------------------------------------------------------------------
 # The schedule.
@@ -452,18 +407,12 @@ def test_a_taper_fades_gates_and_merges_and_ends_exactly(workspace):
     fed = [1 + 41 * train.fade(k / 20) for k in range(21)]
     assert max(b / a for a, b in zip(fed, fed[1:])) < 1.4 and fed[-1] == 42
 
-@pytest.mark.parametrize('name, layers, start, gap, published', [
-    ('fast', 12, 20, 2, [6e-4, 3e-4, 25, 0.1, 300, 300]),
-    ('medium', 24, 20, 2, [6e-4, 3e-4, 10, 0.1, 500, 500]),
-    ('large', 36, 30, 4, [3e-4, 4e-5, 15, 0.03, 600, 1200]),
-    ('xl', 48, 50, 4, [1e-4, 2e-5, 20, 0.01, 800, 1200])])
-def test_the_follow_ups_settings(name, layers, start, gap, published, workspace):
+@pytest.mark.parametrize('name, layers, start, gap', [
+    ('fast', 12, 20, 2), ('medium', 24, 20, 2), ('large', 36, 30, 4), ('xl', 48, 50, 4)])
+def test_the_follow_ups_pace(name, layers, start, gap, workspace):
     cfg, model = train.load_config([f'config/remove_ln_{name}.py']), small_fake(layers)
     train.check_config(cfg)
     train.check_schedule(cfg, model, None)
-    assert [cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, cfg.aux_loss_weight, cfg.max_iters,
-            cfg.lr_decay_iters] == published
-    assert (cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.grad_clip) == (0.01, 0.9, 0.999, 1)
     # ln_2 of one layer after the other, then queries and keys, then values at a slower pace
     began = [it for it, *_ in events(cfg, model, lambda: torch.ones(99, 3))[0]]
     assert began == [*range(start, start + 2 * layers * gap, gap), *range(
@@ -491,11 +440,9 @@ def assert_close(a, b):
         assert x.get('std', {}) == pytest.approx(y.get('std', {}), rel=1e-4)
 
 def test_how_a_batch_is_cut_changes_no_loss(workspace):
-    """Nor does recomputing activations."""
-    for name, more in (('cut4', ''), ('cut1', '--batch_size=1'),
-                       ('cut8', '--batch_size=8 --gradient_checkpointing=True')):
-        here(f'{REMOVAL} {FULL} --out_dir={name} {more}')
-        assert_close(log_of(name), log_of('cut4'))
+    for size in (4, 1, 8):
+        here(f'{REMOVAL} {FULL} --out_dir=cut{size} --batch_size={size}')
+        assert_close(log_of(f'cut{size}'), log_of('cut4'))
     assert all(e['kl'] > 0 for e in log_of('cut4') if e['event'] == 'train')
 
 def test_no_device_synchronisation_in_a_plain_step(workspace, monkeypatch):
@@ -540,7 +487,7 @@ def test_evaluation_is_the_mean_over_whole_windows_whatever_the_batch(workspace,
             assert found == pytest.approx(expected, rel=1e-5)
     there = {*Path('.').rglob('*')}
     here('train.py config/eval.py --init_from=run --dataset=tiny')      # writes nothing
-    assert f'val loss {losses.mean():.4f} nats per byte' in capsys.readouterr().out
+    assert f'val loss {losses.mean():.4f} nats per token' in capsys.readouterr().out
     assert there == {*Path('.').rglob('*')}
 
 def test_an_evaluation_keeps_nothing_per_token():
@@ -625,26 +572,19 @@ def test_killed_and_resumed_on_any_number_of_processes_gives_the_same_losses(wor
     assert torch.equal(load('killed/hf').lm_head.weight, load('whole/hf').lm_head.weight)
     finished(three)
     assert_close(log_of('killed2'), whole)
-    # resumed after its end: what somebody has edited is moved aside
-    put({'killed/hf/README.md': 'my own words'})
-    here(f'{long} --out_dir=killed --init_from=resume')
-    aside, = Path('killed').glob('hf.*')
-    assert (aside / 'README.md').read_text() == 'my own words'
-    assert 'LayerNorm' in Path('killed/hf/README.md').read_text()
+    here(f'{long} --out_dir=killed --init_from=resume')     # after its end
+    assert log_of('killed') == whole
 
-@pytest.mark.parametrize('module, name', [(torch, 'save'), (os, 'fsync'), (os, 'replace')])
-def test_killed_while_a_checkpoint_is_written_the_last_one_is_there(module, name, folder):
+def test_killed_while_a_checkpoint_is_written_the_last_one_is_there(folder):
     def die(*args):
-        if name == 'save':
-            Path(args[1]).write_bytes(b'PK half of it')
         os.kill(os.getpid(), signal.SIGKILL)
     model.save_checkpoint('.', random_model(), iter=1)
-    if (pid := os.fork()) == 0:
-        setattr(module, name, die)
-        model.save_checkpoint('.', random_model(), iter=2)
-        os._exit(0)
-    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-    assert model.load_checkpoint('.')['iter'] == 1
+    for name in ('fsync', 'replace'):
+        if (pid := os.fork()) == 0:
+            setattr(os, name, die)
+            model.save_checkpoint('.', random_model(), iter=2)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+        assert model.load_checkpoint('.')['iter'] == 1
     model.save_checkpoint('.', random_model(), iter=2)
     assert model.load_checkpoint('.')['iter'] == 2 and os.listdir('.') == ['ckpt.pt']
 
@@ -700,7 +640,7 @@ def test_a_run_within_another_program(workspace, at_step, handlers, capsys):
 
 def test_a_cell_that_failed_leaves_nothing_behind_in_a_notebook(workspace, monkeypatch, capsys):
     """A notebook keeps the exception. The GPU's memory is free, and the corrected cell runs."""
-    models, failures = [], []
+    models, kept = [], []
     errors = [torch.OutOfMemoryError('CUDA out of memory'), MemoryError(), UserError('other'),
               RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 
@@ -712,37 +652,28 @@ def test_a_cell_that_failed_leaves_nothing_behind_in_a_notebook(workspace, monke
         for keys in ('--batch_tokens=500', '', *['--init_from=resume'] * 3):
             with pytest.raises(SystemExit) as e:
                 here(f'{TINY} --out_dir=cell {keys}')
-            failures.append(e.value)
+            kept.append(e.value)
     error = capsys.readouterr().err
     assert error.count('\n') == 5 and error.count('train.py: out of memory') == 3
-    assert error.count('--batch_size') == 3
     gc.collect()
     assert len(models) == 4 and not any(ref() for ref in models)
-    assert all(e.__context__ is None for e in failures)
     here(f'{TINY} --out_dir=cell --init_from=resume')       # as it was advised
     here(f'{TINY} --out_dir=ran_at_once')
     assert log_of('cell') == log_of('ran_at_once')
 
 @pytest.mark.parametrize('env, place', [
-    ({'RANK': '3'}, (0, 0, 1)), ({'LOCAL_RANK': '1', 'WORLD_SIZE': ''}, (0, 0, 1)),
-    ({'LOCAL_RANK': 'x'}, (0, 0, 1)), ({'WORLD_SIZE': '2'}, (0, 0, 2)),
-    ({'RANK': '3', 'LOCAL_RANK': '1', 'WORLD_SIZE': '4'}, (3, 1, 4))])
-def test_what_another_launch_has_left_means_nothing(env, place, monkeypatch):
+    ({'RANK': '3'}, (0, 0, 1)), ({'LOCAL_RANK': 'x', 'WORLD_SIZE': ''}, (0, 0, 1)),
+    ({'WORLD_SIZE': '2'}, (0, 0, 2)), ({'RANK': '3', 'WORLD_SIZE': '4'}, (3, 0, 4))])
+def test_what_another_launch_has_left_means_nothing(env, place, monkeypatch, capsys):
     for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert model.place() == place
     fails('MASTER_ADDR.*torchrun', model.join_processes)
-
-def test_a_process_that_fails_alone_tells(capsys, monkeypatch):
-    monkeypatch.setattr(model, 'LOCAL_RANK', 1)
+    monkeypatch.setattr(model, 'LOCAL_RANK', 1)             # what fails there alone, it tells
     monkeypatch.setattr(time, 'sleep', lambda s: None)      # torchrun may end it meanwhile
     assert 'batch_size' in refused('train.py --batchsize=8', capsys)
-
-def free_port():
-    with socket.create_server(('127.0.0.1', 0)) as server:
-        return str(server.getsockname()[1])
 
 def test_machines_with_another_data_or_model_are_refused(workspace):
     put({'chdir.py': "import os\nos.chdir(os.environ['MACHINE'])"})
@@ -752,12 +683,14 @@ def test_machines_with_another_data_or_model_are_refused(workspace):
     ids = np.fromfile('data/tiny/train.bin', np.uint16)
     put({'data_machine/data/tiny/train.bin': ids[::-1].tobytes()})
     for what in ('data', 'model'):
-        env = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port()}
+        with socket.create_server(('127.0.0.1', 0)) as server:
+            port = str(server.getsockname()[1])
+        env = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
         ranks = [start(f'{TINY} chdir.py --teacher=teacher --out_dir=never', env=env | {
             'RANK': str(rank), 'LOCAL_RANK': '0', 'MACHINE': f'{name}_machine'})
             for rank, name in enumerate(('here', what))]
-        line, = told(ranks[0]) + told(ranks[1])
-        assert f'[1] have another {what} than process 0' in line
+        for line, in map(told, ranks):      # each machine tells
+            assert f'[1] have another {what} than process 0' in line
     assert not [*Path('.').glob('*_machine/never')]
 
 def test_a_resumed_run_is_the_same_run_in_wandb(workspace, monkeypatch):
@@ -768,7 +701,7 @@ def test_a_resumed_run_is_the_same_run_in_wandb(workspace, monkeypatch):
         here(f'{TINY} --out_dir=wandb --wandb_log=True {keys}')
     first, resumed, other = (keys['id'] for keys in begun)
     assert first == resumed != other
-    assert {'train/loss', 'eval/val_loss'} <= {key for entry in logged for key in entry}
+    assert logged[0]['eval']['val_loss'] and logged[1]['train']['loss']
 
 def test_a_full_disk_leaves_the_last_checkpoint(workspace, capsys, request):
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)     # of a file's size
@@ -781,20 +714,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(workspace, capsys, request):
     # a new run finds out before it has trained
     assert 'new/ckpt.pt' in refused(f'{TINY} --out_dir=new', capsys) and not log_of('new')
 
-@pytest.mark.parametrize('max_iters, loss, since', [(60, 9.0, 18), (20, 9.0, 18), (60, np.nan, 16)])
+@pytest.mark.parametrize('loss', [9.0, np.nan])
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(
-        max_iters, loss, since, workspace, capsys, monkeypatch, tmp_path):
-    """A loss of 9 for one iteration is forgiven, not for patience's eight, nor at the end."""
-    out = tmp_path / 'out'
-    line = f'{REMOVAL} --out_dir={out} --eval_interval=4 --guard_patience=8'
-    here(line)
-    kept = (out / 'ckpt.pt').read_bytes()
-    shutil.rmtree(out / 'hf')
-    monkeypatch.setattr(train, 'step', lambda cfg, it, *args: (
-        torch.tensor([loss if it in (16, *range(18, 99)) else 1.0, 0]), torch.tensor(1.0), []))
-    error = refused(f'{line} --init_from=resume --max_iters={max_iters}', capsys)
-    assert f'since iteration {since} the loss, {loss:.4f}' in error and f'{out}/ckpt.pt' in error
-    assert (out / 'ckpt.pt').read_bytes() == kept and not (out / 'hf').exists()
+        loss, workspace, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, 'validate', lambda raw, forward, data: (loss, 0.0)
+                        if raw.sites_left() == ['ln_f'] else (6.0, 0.0))
+    error = refused(f'{REMOVAL} --out_dir={tmp_path}/out --eval_interval=1', capsys)
+    assert f'the loss is {loss:.4f}' in error and f'{tmp_path}/out/ckpt.pt' in error
+    assert model.load_checkpoint(tmp_path / 'out')['iter'] == 8
 
 # -----------------------------------------------------------------------------
 # The hard case: a model with GPT-2's giant vector, and what a removal hands over.
@@ -817,32 +744,29 @@ def test_the_flagship_survives_the_giant_vector(flagship):
     ours, control = (losses_of(d, 'eval', 'val_loss')[-1]
                      for d in ('out/remove_ln', 'out/remove_ln/control'))
     assert above_control('out/remove_ln') < 2 and ours - control < 0.25
-    assert f'{ours - control:+.4f}' in flagship and 'LN-free' in flagship
     for kind in ('bos', 'eot'):     # position 0, end-of-text: their std, times the ordinary
         before, after = (max(e[kind].values()) for e in train.read_log('out/remove_ln', 'giant'))
         assert before > 15 and after < 10       # it is undone
         assert f'{before:.1f} before, {after:.1f} now' in flagship
-    assert 'warning' not in flagship
+    assert f'{ours:.4f} now' in flagship and 'warning' not in flagship
 
 def test_an_abrupt_removal_does_not_and_a_giant_that_is_left_is_told(flagship, capsys):
-    put({'abrupt.py': """out_dir, max_iters, warmup_iters, guard_nats, eval_iters = 'abrupt', 12, 1, 0.0, 20
-taper_iters, giant_loss_weight, gap_ln2, gap_ln1qk, gap_ln1v = 0, 0.0, 1, 1, 1
+    put({'abrupt.py': """out_dir, max_iters, warmup_iters, eval_iters = 'abrupt', 12, 1, 20
+guard_nats, taper_iters, giant_loss_weight, gap_ln2, gap_ln1qk, gap_ln1v = 0.0, 0, 0.0, 1, 1, 1
 start_ln2, start_ln1qk, start_ln1v, start_lnf = 2, 3, 4, 8"""})
     here(f'train.py {SCALED} abrupt.py')
     assert above_control('abrupt') > 5
-    before, *after = re.findall('warning: .*', capsys.readouterr().out)
-    assert '--taper_iters=20' in before and 'giant_loss_weight' in after[0]
+    assert 'warning: a giant vector is left' in capsys.readouterr().out
 
 def test_a_partial_removal_ends_with_its_checkpoint(workspace, capsys):
-    only_ln2 = '--start_ln1qk=-1 --start_ln1v=-1 --start_lnf=-1'
-    here(f'{REMOVAL} {only_ln2} --out_dir=partial')
-    out = capsys.readouterr().out
-    assert '5 LN sites left' in out and '5 of 7 sites' in out and 'partial/ckpt.pt' in out
+    here(f'{REMOVAL} --start_ln1qk=-1 --start_ln1v=-1 --start_lnf=-1 --out_dir=partial')
+    assert 'partial/ckpt.pt, a model with 5 LN sites left' in capsys.readouterr().out
     assert not os.path.exists('partial/hf') and len(load('partial').sites_left()) == 5
     # what is trained from it, without more removal, stays so; and the rest may go later
     kept = f'{TINY} --out_dir=kept --teacher=init_from'
     here(f'{kept} --init_from=partial --max_iters=2')
-    here(f'{kept} --init_from=resume --max_iters=4')
+    for more in (3, 4):
+        here(f'{kept} --init_from=resume --max_iters={more}')
     assert len(load('kept').sites_left()) == 5
     kl = losses_of('kept', 'train', 'kl')       # from what it began with
     assert len(kl) == 4 and abs(kl[0]) < 1e-6 < kl[2]
@@ -850,42 +774,32 @@ def test_a_partial_removal_ends_with_its_checkpoint(workspace, capsys):
     assert load('rest/hf').config.ln_mode == 'none'
 
 def test_the_readmes_snippets_and_the_handed_over_folder(flagship):
-    """Each snippet runs, and what it calls logits is what our own model computes;
-    generation through transformers' cache too."""
+    """What a snippet calls logits is what our own model computes; so does transformers' cache."""
     shutil.copytree('out/remove_ln', 'out/demo')
     readme = (REPO / 'README.md').read_text()
     for snippet in re.findall(r'```python\n((?:import|from) .*?)```', readme, re.S):
         put({'snippet.py': snippet})
         names = runpy.run_path('snippet.py')
-        if 'logits' in names:       # of the hand-over, or of the folder that the snippet came to
-            ours = load(names.get('folder', 'out/demo/hf').removesuffix('/hf'))
-            assert difference(names['logits'], ours(names['idx'])[0]) < 3e-4, snippet
-    ours = load('out/demo')
-    assert {*os.listdir('out/demo/hf')} == {
-        'README.md', 'config.json', 'generation_config.json', 'model.safetensors',
-        'tokenizer.json', 'tokenizer_config.json'}
+        # of the hand-over, or of the folder that the snippet came to
+        ours = load(names.get('folder', 'out/demo/hf').removesuffix('/hf'))
+        assert difference(names['logits'], ours(names['idx'])[0]) < 3e-4, snippet
+    assert {*os.listdir('out/demo/hf')} == {'README.md', 'config.json', 'model.safetensors',
+                                            'tokenizer.json', 'tokenizer_config.json'}
     card = Path('out/demo/hf/README.md').read_text()
-    assert all(f' {loss:.4f}' in card for loss in losses_of('out/remove_ln', 'eval', 'val_loss')[[0, -1]])
-    assert 'float16' in card and 'position 0' in card
+    assert all(f'{loss:.4f}' in card for loss in losses_of('out/demo', 'eval', 'val_loss')[[0, -1]])
     tokenizer = transformers.AutoTokenizer.from_pretrained('out/demo/hf')
-    encoded = tokenizer('import os<|endoftext|>', return_tensors='pt')
-    assert {*encoded} == {'input_ids', 'attention_mask'}
-    assert encoded['input_ids'].tolist() == [[*b'import os', 256]]
-    prompt = encoded['input_ids'][:, :-1]
-    text = load_stock('out/demo/hf').generate(prompt, max_new_tokens=40, do_sample=False)
-    assert torch.equal(text, ours.generate(prompt, 40, temperature=0))
+    ids = tokenizer('import os<|endoftext|>', return_tensors='pt')['input_ids']
+    assert ids.tolist() == [[*b'import os', 256]]
+    text = load_stock('out/demo/hf').generate(ids[:, :-1], max_new_tokens=40, do_sample=False)
+    assert torch.equal(text, load('out/demo').generate(ids[:, :-1], 40, temperature=0))
 
-def test_nothing_at_the_end_can_cost_the_model(workspace, monkeypatch):
-    """A file system without fsync, a terminal of ASCII, a report that fails: hf/ is there."""
+def test_a_file_system_without_fsync_and_a_terminal_of_ascii(workspace, monkeypatch):
     def unknown(*args):
         raise OSError(38, 'Function not implemented')
     monkeypatch.setenv('HOME', os.path.abspath('home'))
     monkeypatch.setattr(os, 'fsync', unknown)
-    monkeypatch.setattr(train, 'report', lambda *args: 1 / 0)
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), 'ascii')):
-        with pytest.raises(ZeroDivisionError):
-            here(f'{REMOVAL} --out_dir=~/é文')
-        print('é文')
+        here(f'{REMOVAL} --out_dir=~/é文')
     assert load('home/é文/hf').config.ln_mode == 'none' and not os.path.exists('~')
 
 # -----------------------------------------------------------------------------
@@ -894,39 +808,29 @@ def test_nothing_at_the_end_can_cost_the_model(workspace, monkeypatch):
 @pytest.fixture
 def hub(folder):
     """A server on localhost that speaks the hub's protocol -> (repos, downloads, environment).
-
-    repos: {'/me/model' or '/datasets/me/name': {branch: {file: bytes}}}. downloads: the paths of
-    the files that were asked for. If one has 'flaky' in it, the first two break off halfway.
-    """
-    repos, downloads = {}, []
-
-    def look_up(path):
-        """-> (commit, body). Raises KeyError for what is not there."""
-        name, what, revision, place = re.fullmatch(
-            '(?:/api)?(?:/models)?((?:/datasets)?/[^/]+/[^/]+)'
-            '(?:/(revision|tree|resolve)/([^/]+)/?(.*))?', path).groups()
-        for n, (branch, files) in enumerate(repos[name].items()):
-            commit = f'{n:040x}'
-            if unquote(revision or branch) in (branch, commit):
-                break
-        if what == 'resolve':
-            return commit, files[place]
-        page = {'id': name, 'sha': commit, 'siblings': [{'rfilename': f} for f in files]}
-        if what == 'tree':
-            folders = {str(parent) for f in files for parent in Path(f).parents} - {'.'}
-            page = [{'type': 'file', 'path': f, 'oid': f, 'size': len(files[f])} for f in files]
-            page += [{'type': 'directory', 'path': f, 'oid': f} for f in folders]
-        return commit, json.dumps(page).encode()
+    repos: {'/me/model' or '/datasets/me/name': {file: bytes}}. downloads: the paths asked for."""
+    repos, downloads, commit = {}, [], '0' * 40
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            path, status = self.path.partition('?')[0], 200
-            if '/resolve/' in path and self.command == 'GET':
+            path, status, body = self.path.partition('?')[0], 200, b''
+            name, what, place = re.fullmatch(
+                '(?:/api)?(?:/models)?((?:/datasets)?/[^/]+/[^/]+)'
+                '(?:/(revision|tree|resolve)/[^/]+/?(.*))?', path).groups()
+            files = repos.get(name, {})
+            if what == 'resolve' and place in files:
+                body = files[place]
                 downloads.append(path)
-            try:
-                commit, body = look_up(path)
-            except KeyError:
-                commit, body, status = '', b'', 404
+            elif what == 'tree':
+                folders = {str(parent) for f in files for parent in Path(f).parents} - {'.'}
+                page = [{'type': 'file', 'path': f, 'oid': f, 'size': len(files[f])} for f in files]
+                page += [{'type': 'directory', 'path': f, 'oid': f} for f in folders]
+                body = json.dumps(page).encode()
+            elif what != 'resolve' and files:
+                siblings = [{'rfilename': f} for f in files]
+                body = json.dumps({'id': name, 'sha': commit, 'siblings': siblings}).encode()
+            else:
+                status = 404
             headers = {'ETag': f'"{hash(body)}"', 'X-Repo-Commit': commit,
                        'X-Error-Code': 'EntryNotFound'}     # is read with a 404 only
             part = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
@@ -935,12 +839,11 @@ def hub(folder):
                 headers['Content-Range'] = f'bytes {first}-{last}/{len(body)}'
                 body, status = body[first:last + 1], 206
             self.send_response(status)
-            for name, value in (headers | {'Content-Length': str(len(body))}).items():
-                self.send_header(name, value)
+            for key, value in (headers | {'Content-Length': str(len(body))}).items():
+                self.send_header(key, value)
             self.end_headers()
             if self.command == 'GET':
-                self.close_connection = 'flaky' in path and 1 <= downloads.count(path) <= 2
-                self.wfile.write(body[:len(body) // (1 + self.close_connection)])
+                self.wfile.write(body)
         do_HEAD = do_GET
 
     Hub.log_message = lambda *args: None
@@ -955,7 +858,7 @@ def test_from_pretrained_downloads_from_a_hub(hub):
     repos, downloads, env = hub
     ours = random_model()
     ours.save_pretrained('repo', {'tokenizer.json': b'{}', 'pytorch_model.bin': b'a pickle'})
-    repos['/me/tiny'] = {'main': {f.name: f.read_bytes() for f in Path('repo').iterdir()}}
+    repos['/me/tiny'] = {f.name: f.read_bytes() for f in Path('repo').iterdir()}
     put({'load.py': """from model import GPT2, companions
 GPT2.from_pretrained('me/tiny').save_pretrained('copy', companions('me/tiny'))"""})
     found, missing = start('load.py', env=env), start('eval_hellaswag.py me/nothing', env=env)
@@ -974,37 +877,25 @@ def test_checkpoints_of_other_savers(folder):
     theirs = stock_model()
     theirs.save_pretrained('saved')
     os.remove('saved/model.safetensors')
-    sd, logits = theirs.state_dict(), theirs(IDX).logits
+    sd, logits, config = theirs.state_dict(), theirs(IDX).logits, read_json('saved/config.json')
     renamed = lambda change: {change(k): v for k, v in sd.items()}
     without = lambda part: {k: v for k, v in sd.items() if part not in k}
-    for good in (sd, without('lm_head'), without('wte'), renamed(lambda k: 'module.' + k),
-                 renamed(lambda k: '_orig_mod.' + k),
+    for good in (sd, without('lm_head'), without('wte'), renamed(lambda k: '_orig_mod.' + k),
                  renamed(lambda k: k.replace('transformer.', '')),
                  sd | {'transformer.h.0.attn.bias': torch.ones(1, 1, 31, 31)}):
         torch.save(good, 'saved/pytorch_model.bin')
         assert difference(load('saved')(IDX)[0], logits) < 1e-5
-    for bad, said in ((sd | {'lm_head.weight': sd['lm_head.weight'] + 1}, 'differ'),
-                      (sd | {'score.weight': torch.ones(2)}, 'score.weight'),
-                      (without('ln_f'), 'ln_f'), (Evil(), 'damaged')):
+    for bad, change, said in (
+            (sd | {'lm_head.weight': sd['lm_head.weight'] + 1}, {}, 'differ'),
+            (sd | {'score.weight': torch.ones(2)}, {}, 'score.weight'),
+            (without('ln_f'), {}, 'ln_f'), (Evil(), {}, 'damaged'), (sd, {'n_embd': '39'}, '39'),
+            (sd, {'model_type': 'llama'}, 'llama'), (sd, {'activation_function': 'gelu'}, 'gelu')):
         torch.save(bad, 'saved/pytorch_model.bin')
+        put({'saved/config.json': json.dumps(config | change)})
         fails(said, load, 'saved')
-    for bad, said in (({'model': sd, 'iter_num': 3, 'model_args': {}}, 'nanoGPT'),
-                      ({'model': Evil()}, 'damaged')):
-        torch.save(bad, 'saved/ckpt.pt')
-        fails(said, load, 'saved')
+    torch.save({'model': Evil()}, 'saved/ckpt.pt')
+    fails('damaged', load, 'saved')
     assert not os.path.exists('ran')
-
-def test_a_hostile_config_is_refused_at_once(folder):
-    random_model().save_pretrained('hostile')
-    config, t0 = read_json('hostile/config.json'), time.time()
-    for change in (dict(n_layer=10 ** 9), dict(n_embd=3 * 10 ** 18, n_head=3), dict(n_embd='39'),
-                   dict(n_positions=-1), dict(vocab_size=2 ** 70), dict(model_type='llama'),
-                   dict(activation_function='gelu'), dict(n_inner=7),
-                   dict(tie_word_embeddings='no'), dict(layer_norm_epsilon=-1),
-                   dict(scale_attn_by_inverse_layer_idx=True)):
-        put({'hostile/config.json': json.dumps(config | change)})
-        fails('.', load, 'hostile')
-    assert time.time() - t0 < 30
 
 def own_tokenizer(folder, vocab_size=300, **config):
     """A folder with a byte-level tokenizer of its own, of which </s> is token 0."""
@@ -1018,18 +909,14 @@ def own_tokenizer(folder, vocab_size=300, **config):
 def test_a_models_own_tokenizer_and_ids_are_handed_on(workspace, capsys):
     own_tokenizer('german')
     german = random_model(vocab_size=350, block_size=32)    # padded; data of 300 tokens fits
-    german.config.hf = dict(bos_token_id=0, eos_token_id=[0, 5], pad_token_id=1)
+    german.config.hf = ids = dict(bos_token_id=0, eos_token_id=[0, 5], pad_token_id=1)
     german.save_pretrained('german', {'chat_template.jinja': b'{{ x }}',
                                       'generation_config.json': b'{"pad_token_id": 1}'})
-    # a model that brings no tokenizer is handed over with that of its data
-    shutil.copytree('german', 'bare', ignore=shutil.ignore_patterns('tokenizer*'))
     put({'t.txt': 'Grüße und mehr Text </s> ' * 800})
     here('prepare.py t.txt --tokenizer=german --val_fraction=0.2')
-    for name in ('german', 'bare'):
-        here(f'train.py tiny.py remove.py --dataset=t --init_from={name} --out_dir={name}_run')
-        for file in ('tokenizer.json', 'chat_template.jinja', 'generation_config.json'):
-            assert Path(name + '_run/hf', file).read_bytes() == Path('german', file).read_bytes()
-    ids = {'bos_token_id': 0, 'eos_token_id': [0, 5], 'pad_token_id': 1}
+    here('train.py tiny.py remove.py --dataset=t --init_from=german --out_dir=german_run')
+    for file in ('tokenizer.json', 'chat_template.jinja', 'generation_config.json'):
+        assert Path('german_run/hf', file).read_bytes() == Path('german', file).read_bytes()
     assert ids.items() <= read_json('german_run/hf/config.json').items()
     assert load('german_run/hf').config.eot_token_id == 0
     # its numbers are random: the loss is worse than chance
@@ -1069,8 +956,7 @@ def test_hellaswag_scores_equal_one_ending_at_a_time(workspace):
     assert one == read_json('hs2.json') and one['questions'] == 5 and one['truncated'] == 3
     right = dict.fromkeys(('acc', 'acc_norm', 'harness_acc', 'harness_acc_norm'), 0)
     for q, found in zip(QUESTIONS, one['scores'], strict=True):
-        for style, prefix, unit in (('completion', '', 'tokens'),
-                                    ('harness', 'harness_', 'characters')):
+        for style, prefix in (('completion', ''), ('harness', 'harness_')):
             context, endings = eval_hellaswag.texts(q, style)
             # the harness gives the spaces at the context's end to the ending
             head = context.rstrip() if style == 'harness' else context
@@ -1083,7 +969,6 @@ def test_hellaswag_scores_equal_one_ending_at_a_time(workspace):
                 sums.append(logp[-n:].sum().item())
                 lengths.append(n if style == 'completion' else len(ending))
             assert found[style]['loglikelihood'] == pytest.approx(sums, abs=1e-3)
-            assert found[style][unit] == lengths
             means = [s / n if n else -np.inf for s, n in zip(sums, lengths)]
             right[prefix + 'acc'] += np.argmax(sums) == int(q['label'])
             right[prefix + 'acc_norm'] += np.argmax(means) == int(q['label'])
@@ -1093,18 +978,14 @@ def test_hellaswag_scores_equal_one_ending_at_a_time(workspace):
 
 def test_the_questions_are_downloaded_whole_or_not_at_all(hub, monkeypatch):
     repos, downloads, env = hub
-    questions = [question(label=i % 4) for i in range(eval_hellaswag.QUESTIONS)]
-    body = '\n'.join(map(json.dumps, questions)).encode()
-    repos['/me/hs'] = {'main': {'flaky': body, 'short': json.dumps(question()).encode(),
-                                'bad': body.replace(b'"label": 3', b'"label": 4')}}
+    body = '\n'.join([json.dumps(question())] * eval_hellaswag.QUESTIONS).encode()
+    repos['/me/hs'] = {'good': body, 'short': body[:len(body) // 2]}
     monkeypatch.setattr(time, 'sleep', lambda s: None)
     url = f"{env['HF_ENDPOINT']}/me/hs/resolve/main/"
-    fails('label is 4', eval_hellaswag.download, url + 'bad', 'data/q.jsonl')
-    fails('1 questions, expected 10042', eval_hellaswag.download, url + 'short', 'data/q.jsonl')
+    fails('Unterminated|expected 10042', eval_hellaswag.download, url + 'short', 'data/q.jsonl')
     fails('404', eval_hellaswag.download, url + 'nothing', 'data/q.jsonl')
-    assert len(downloads) == 5 + 5 + 1      # what is not there is asked for once
-    assert not os.path.exists('data/q.jsonl')
-    eval_hellaswag.download(url + 'flaky', 'data/q.jsonl')
+    assert len(downloads) == 5 and not os.path.exists('data/q.jsonl')
+    eval_hellaswag.download(url + 'good', 'data/q.jsonl')
     assert Path('data/q.jsonl').read_bytes() == body and os.listdir('data') == ['q.jsonl']
 
 # -----------------------------------------------------------------------------
@@ -1395,28 +1276,21 @@ def test_bad_options_of_prepare(line, said, folder, capsys, monkeypatch):
 def broken(workspace):
     """What the cases below refer to."""
     here(f'{REMOVAL} --out_dir=free')
-    for name in ('odd', 'strange', 'big', 'bare', 'wide', 'cut'):
+    for name in ('odd', 'strange', 'big', 'cut'):
         shutil.copytree('data/tiny', f'data/{name}')
-    for name in ('big', 'bare', 'wide'):
-        os.remove(f'data/{name}/meta.json')
-    for name in ('damaged', 'nolog', 'unlike'):
+    for name in ('damaged', 'nolog'):
         shutil.copytree('run', name)
-    ids, log = np.fromfile('data/tiny/train.bin', np.uint16), Path('run/log.jsonl').read_text()
+    ids = Path('data/tiny/train.bin').read_bytes()
     put({'words.txt': 'some words', 'crash.py': 'max_iters = 1 / 0', 'twelve.py': 'n_layer = 12',
-         'typo.py': 'max_iter = 5', 'data/odd/train.bin': ids.tobytes() + b'x',
-         'data/wide/train.bin': ids.astype(np.uint32).tobytes(),
-         'data/big/train.bin': np.full(4000, 60000, np.uint16).tobytes(),
-         'data/strange/meta.json': '{"vocab_size": 300}', 'nolog/log.jsonl': log[:10],
+         'data/odd/train.bin': ids + b'x', 'nolog/log.jsonl': '{', 'data/strange/meta.json': '{',
+         'data/big/train.bin': np.full(len(ids) // 2, 60000, np.uint16).tobytes(),
          'data/cut/meta.json': Path('data/tiny/meta.json').read_text().replace('257', '400'),
-         'unlike/log.jsonl': re.sub('"val": "....', '"val": "0000', log),
          'damaged/ckpt.pt': Path('run/ckpt.pt').read_bytes()[:3000],
-         'good.jsonl': json.dumps(question()),
-         'label.jsonl': '\n' + json.dumps(question(label=4))})
+         'good.jsonl': json.dumps(question()), 'bad.jsonl': '\n' + json.dumps(question(label=4))})
     infinite = random_model('none', block_size=64, vocab_size=257)
     infinite.wte.weight[ord('t')] = 3e38
     model.save_checkpoint('infinite', infinite)
     random_model(vocab_size=300).save_pretrained('odd_vocab')
-    random_model(vocab_size=257, block_size=16).save_pretrained('short')
     fading = as_fake(load('model'))
     fading.sites()['h.1.ln_1.v'].fill_(0.5)
     model.save_checkpoint('fading', fading)
@@ -1429,49 +1303,34 @@ RESUME = f'{TINY} --init_from=resume --out_dir='
     ('train.py --batchsize=8', 'batch_size'),
     ('train.py --max_iters=1.5', '1.5'),
     ('train.py --batch_size=0', 'batch_size is 0'),
-    ('train.py --dropout=1', 'dropout is 1'),
     ('train.py --batch_size 8', '--key=value'),
     ('train.py crash.py', 'ZeroDivisionError'),
-    ('train.py typo.py', "typo.py: unknown key 'max_iter'"),
     ('train.py --dtype=float16', 'float16'),
     (f'{NEW} --device=abacus', '--device=auto'),
-    (f'{NEW} --learning_rate=1e-5', '6e-05'),
     (f'{NEW} --dataset=nothing', '--name=nothing'),
     (f'{NEW} --dataset=odd', 'data/odd/train.bin'),
     (f'{NEW} --dataset=strange', 'data/strange'),
-    (f'{NEW} --dataset=bare', '--vocab_size='),
-    (f'{NEW} --dataset=wide --vocab_size=257', '32-bit'),
     (f'{LOADED} --dataset=big', '60000'),
     (f'{LOADED} --dataset=cut', '400'),
-    (f'{LOADED} --block_size=64', 'expected 1 to 32'),
     (f'{LOADED} twelve.py', 'n_layer is 12'),
-    (f'{NEW} --batch_tokens=500', '--batch_tokens=384'),
+    (f'{NEW} --batch_tokens=500', 'batch_tokens=500'),
     (f'{NEW} --teacher=odd_vocab', '300'),
-    (f'{NEW} --teacher=short', '16'),
     (f'{NEW} --random_share=0.1', '--teacher='),
-    (f'{NEW} remove.py --max_iters=13', 'max_iters=13'),
+    (f'{NEW} remove.py --max_iters=10', 'ln_f is not gone'),
     (f'{NEW} remove.py --gap_ln2=-5', 'h.1.ln_2'),
-    (f'{NEW} --remove_ln=True --start_ln2=-1 --start_ln1qk=-1 --start_ln1v=-1 --start_lnf=-1',
-     'start_'),
-    (f'{LOADED} remove.py --init_from=free', 'gone already'),
-    (f'{LOADED} remove.py --init_from=fading', 'while h.1.ln_1.v faded'),
+    (f'{LOADED} remove.py --init_from=free', '-1'),
+    (f'{LOADED} remove.py --init_from=fading', 'h.1.ln_1.v is at 0.5'),
     (f'{NEW} --init_from=no/such', 'no/such'),
     (f'{LOADED} --init_from=damaged', 'damaged'),
-    (f'{RESUME}free remove.py --start_lnf=14 --max_iters=20', 'ln_f'),
-    (f'{RESUME}free --max_iters=20', 'schedule'),
+    (f'{RESUME}free remove.py --start_lnf=17 --max_iters=20', 'ln_f'),
     (f'{RESUME}nolog', 'log.jsonl'),
     (f'{RESUME}run --eval_iters=5', 'windows'),
-    (f'{RESUME}run --max_iters=1', '2 iterations are done'),
-    (f'{TINY} --out_dir=', 'out_dir'),
     (f'{NEW} --out_dir=run', '--init_from=resume'),
     (f'{NEW} --out_dir=words.txt/x', 'words.txt'),
-    (f'{NEW} --control=unlike', '0000'),
-    ('train.py config/eval.py --dataset=tiny --init_from=infinite', 'infinite'),
-    ('eval_hellaswag.py run --data=label.jsonl', 'line 2'),
+    ('train.py config/eval.py --dataset=tiny --init_from=infinite', 'diverged'),
+    ('eval_hellaswag.py run --data=bad.jsonl', 'line 2'),
     ('eval_hellaswag.py infinite --data=good.jsonl', 'question 1'),
-    ('eval_hellaswag.py odd_vocab --data=good.jsonl', '300'),
-    ('eval_hellaswag.py run --data=good.jsonl --json=words.txt/x.json', 'words.txt'),
-    ('eval_hellaswag.py run --limit=0', '--limit=0')])
+    ('eval_hellaswag.py odd_vocab --data=good.jsonl', '300')])
 def test_bad_input_is_told_in_one_line(line, said, broken, capsys):
     look = lambda: {p: p.stat().st_mtime_ns for folder in ('run', 'free', 'data', 'nolog')
                     for p in Path(folder).rglob('*') if p.is_file()}

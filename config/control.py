@@ -6,4 +6,3 @@ The control of any removal: the same model, data, batches and learning rate, and
 """
 out_dir = out_dir + '/control'
 remove_ln = False
-control = ''

@@ -3,7 +3,6 @@ The demo, 3 of 3: removes all 13 LayerNorm sites, one after another, in 120 iter
 to recover. (2 of 3 is its control: python train.py config/demo_remove_ln.py config/control.py)
 """
 out_dir = 'out/demo'
-control = 'out/demo/control'
 init_from = 'out/demo/pretrained'
 dataset = 'stdlib'
 batch_size = 12

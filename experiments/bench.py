@@ -39,7 +39,6 @@ def make(argv):
     shape = {k: getattr(cfg, k) for k in ('block_size', 'vocab_size', 'n_layer', 'n_head',
                                           'n_embd', 'dropout', 'ln_mode')}
     raw, distil = GPT2(GPT2Config(**shape)).to(device), None
-    raw.gradient_checkpointing = cfg.gradient_checkpointing
     for gate in raw.sites().values() if cfg.remove_ln else []:
         gate.fill_(0.5)
     if cfg.teacher:
@@ -55,8 +54,9 @@ def make(argv):
         if raw.wte.weight.is_cuda:
             torch.cuda.synchronize()
     # a token's arithmetic: 6 for each weight, 12 LCT for attention's scores; the backward included
-    flops = 6 * raw.num_params() + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
-    return step, cfg.batch_tokens, flops, f"{raw.num_params():,} parameters, {device}, {dtype}"
+    n_params = sum(p.numel() for p in raw.parameters())
+    flops = 6 * n_params + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
+    return step, cfg.batch_tokens, flops, f"{n_params:,} parameters, {device}, {dtype}"
 
 def settings_of(argv):
     """['--a=1,2', '--b=3'] -> [['--a=1', '--b=3'], ['--a=2', '--b=3']]"""
