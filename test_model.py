@@ -907,197 +907,102 @@ def gpt2():
         pytest.skip(str(e))
 
 def documents_of(name, split='train', eot=256):
-    """The documents in a bin, each with its end-of-text."""
     ids = np.fromfile(f'data/{name}/{split}.bin', np.uint16)
     parts = np.split(ids, np.flatnonzero(ids == eot) + 1)
-    assert not len(parts[-1])
-    return [part.tolist() for part in parts[:-1]]
+    return [part.tolist() for part in parts if len(part)]
 
 NASTY = ['plain text, and  two  spaces', '', '<|endoftext|> is ordinary text here',
          'naïve 文字 🙂 \u200b\n\n\t x', ' ' * 50, "don't I'll we've", '\r\nwindows\r\n']
 
 def parquet(schema=None, **columns):
-    f = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns, schema), f)
-    return f.getvalue()
+    pyarrow.parquet.write_table(pyarrow.table(columns, schema), 'rows.parquet')
+    return Path('rows.parquet').read_bytes()
 
-def test_bins_equal_tiktoken(folder, capsys, gpt2):
-    bpe = tiktoken.get_encoding('gpt2')
+def test_bins_of_any_layout_equal_tiktoken(folder, capsys, gpt2):
+    bpe, text, row = tiktoken.get_encoding('gpt2'), NASTY[3], json.dumps({'text': NASTY[3]})
     big, rows = (REPO / 'train.py').read_text() * 20, [*NASTY, 'a lone \ud800 surrogate']
-    lines = [json.dumps({'text': text}) for text in [*rows, None]]
-    put({'corpus/big.TXT': big, 'corpus/deep/a.jsonl': '\n'.join(lines) + '\n\n',
-         'corpus/p.parquet': parquet(text=NASTY), 'corpus/x.png': b'\0', 'corpus/y.py': 'x'})
-    here('prepare.py corpus --name=all --val_fraction=0')
-    expected = [bpe.encode_ordinary(text) + [50256] for text in [big, *rows, *NASTY]]
+    put({'all/0.TXT': big, 'all/a.parquet': parquet(text=NASTY), 'all/x.png': b'\0', 'notes': text,
+         'all/sub/a.jsonl': '\n'.join(json.dumps({'text': text}) for text in [*rows, None]),
+         'all/sub/b.md': text.encode('utf-8-sig'), 'all/sub/c.txt': text.encode('utf-16'),
+         'all/sub/d.jsonl.gz': gzip.compress(f'\ufeff{row}\n\n{row}\n'.encode()),
+         'all/sub/e.json': json.dumps([{'text': text}] * 2, indent=1), 'all/sub/f.json': f'{row}\n{row}',
+         'all/.hidden.txt': 'hidden'})
+    os.symlink(os.path.abspath('all'), 'all/sub/loop')
+    here('prepare.py all notes --val_fraction=0')
+    expected = [bpe.encode_ordinary(t) + [50256] for t in (big, *NASTY, *rows, *[text] * 9)]
     assert documents_of('all', eot=50256) == expected
-    out, meta = capsys.readouterr().out, read_json('data/all/meta.json')
-    assert '3 files' in out and '2 files of other kinds' in out
-    assert '1 rows without text' in out and 'tokens/s' in out
-    assert meta == {'tokenizer': 'gpt2', 'vocab_size': 50257, 'eot': 50256, 'source': ['corpus'],
-                    'train': {'documents': 16, 'tokens': sum(map(len, expected))},
-                    'val': {'documents': 0, 'tokens': 0}}
-    here('prepare.py corpus --name=some --val_fraction=0 --max_tokens=90_000')     # of two parts
+    out = capsys.readouterr().out
+    assert '9 files,' in out and '1 files of other kinds' in out and '1 rows without text' in out
+    assert read_json('data/all/meta.json') == {
+        'tokenizer': 'gpt2', 'vocab_size': 50257, 'eot': 50256, 'val': dict(documents=0, tokens=0),
+        'train': {'documents': len(expected), 'tokens': sum(map(len, expected))}}
+    here('prepare.py all --name=some --val_fraction=0 --max_tokens=90_000')     # of two parts
     assert documents_of('some', eot=50256) == [expected[0][:89_999] + [50256]]
 
 def test_a_long_text_is_read_in_parts_with_the_ids_of_the_whole(folder, gpt2):
-    pieces = [*' \t\n\xa0\x1c\u2028éa文🙂1.;,"', '\r\n', '  ', "'s", 'the', ' b', '\n\n', '<|end']
-    rng = np.random.default_rng(0)
-    weird, prose = ''.join(rng.choice(pieces, 60_000)), (REPO / 'README.md').read_text()
+    pieces = [*' \t\n\xa0\x1c\u2028éa文🙂1.;,"', '\r\n', '  ', "'s", 'the', ' b', '\n\n', '<|']
+    weird = ''.join(np.random.default_rng(0).choice(pieces, 60_000))
     own_tokenizer('own')
-    whole = read_json('own/tokenizer.json')
-    for name, change in (   # a space before each text; Llama's way; code's: ";\n" is one token
-            ('prefix', {'pre_tokenizer': whole['pre_tokenizer'] | {'add_prefix_space': True}}),
-            ('llama', {'normalizer': {'type': 'Prepend', 'prepend': '_'}}),
-            ('code', {'pre_tokenizer': {'type': 'Split', 'pattern': {'Regex': r'[^\n]*\n+'},
-                                        'behavior': 'Isolated', 'invert': False}})):
-        put({f'{name}/tokenizer.json': json.dumps(whole | change),
-             f'{name}/tokenizer_config.json': '{"eos_token": "</s>"}'})
-    for name, least in (('gpt2', 99), ('bytes', 99), ('own', 99), ('prefix', 9), ('llama', 1),
-                        ('code', 1)):
+    llama = read_json('own/tokenizer.json') | {'normalizer': {'type': 'Prepend', 'prepend': '_'}}
+    put({'llama/tokenizer.json': json.dumps(llama), 'llama/config.json': '{"eos_token_id": 0}'})
+    for name, least in (('gpt2', 99), ('bytes', 99), ('own', 99), ('llama', 1)):
         encode = prepare.get_tokenizer(name).encode
-        for text in (weird, prose, prose.replace('\n', ' '), 'x' * 9000, ' ' * 3000 + '\nx'):
+        for text in (weird, 'x' * 9000, ' ' * 3000 + '\nx'):
             parts = [*prepare.parts(io.StringIO(text, newline=''), encode, size=500)]
-            assert [ends for _, ends in parts] == [False] * (len(parts) - 1) + [True]
             ids = np.concatenate([encode(part) for part, _ in parts])
             assert ids.tolist() == encode(text).tolist(), name
             assert len(parts) >= least or text is not weird
 
-def test_any_layout_of_text_is_read(folder):
-    text = 'naïve 文字, é'
-    put({'raw/a.txt': text.encode('utf-8-sig'), 'raw/b.text': text.encode('utf-16'),
-         'raw/c.jsonl': '\ufeff' + json.dumps({'text': text}), 'raw/sub/G.TXT': text,
-         'raw/d.json': json.dumps([{'text': text}] * 2, indent=1), 'elsewhere/h.txt': text,
-         'raw/e.csv': f'text,n\n"{text}",1\n', 'raw/f.md.gz': gzip.compress(text.encode()),
-         'raw/i.json': json.dumps({'text': text}, indent=1), 'raw/.hidden.txt': 'hidden',
-         'raw/j.json.gz': gzip.compress(b'\n'.join([json.dumps({'text': text}).encode()] * 2))})
-    os.symlink(os.path.abspath('elsewhere'), 'raw/link')
-    os.symlink(os.path.abspath('raw'), 'raw/sub/loop')
-    here('prepare.py raw --tokenizer=bytes --val_fraction=0')
-    assert documents_of('raw') == [[*text.encode(), 256]] * 12
-    put({'t.csv': 'body\nx y z\n', 'notes': text})
-    here('prepare.py t.csv notes --tokenizer=bytes --column=body --val_fraction=0')
-    assert documents_of('t') == [[*b'x y z', 256], [*text.encode(), 256]]
-
 def test_what_cannot_be_read_is_an_error_with_its_place(folder, capsys):
-    good = 'good\n' * 100_000
-    put({'latin/a.txt': good, 'latin/b.txt': good.encode() + b'caf\xe9 ' + good.encode(),
-         'wide.txt': 'no mark'.encode('utf-16-le'), 'array.npy': b'no text\0',
-         'x/y.jsonl.zst': 'x', 'x.zip': 'PK', 't.csv': 'body\nx y z\n',
-         'long.csv': 'text\na,b\n', 'list.jsonl': '[\n1]',
-         'half/u.jsonl': '{"text": "fine"}\n{"text": \n', 'pair.jsonl': '{"text": [1, 65536]}'})
-    for name, *said in (
+    put({'latin/a.txt': 'x', 'latin/b.txt': b'good\n' * 100_000 + b'caf\xe9 ' * 9999, 'w': 'w',
+         'wide.txt': 'no mark'.encode('utf-16-le'), 'x/y.jsonl.zst': 'x', 'empty/.hidden': '',
+         't.csv': 'text\nx', 'half.jsonl': '{"text": "fine"}\n{"text": \n{}\n', 't.jsonl': '{"body": "x"}'})
+    for n in ('257', '-1', '1.5', '"7"'):
+        put({f'ids{n}.jsonl': '{"input_ids": [256]}\n{"input_ids": [%s]}' % n})
+    for line, *said in (
             ('latin', 'b.txt', 'byte 500,003', 'iconv -c'), ('wide.txt', 'byte-order mark'),
-            ('array.npy', '.parquet'), ('x', 'y.jsonl.zst', 'unzstd'), ('x.zip', 'unzip'),
-            ('t.csv', 'body'), ('long.csv', 'row 1', 'quote'), ('list.jsonl', 'row 1'),
-            ('half', 'u.jsonl', 'row 2'), ('pair.jsonl', '65536')):
-        error = refused(f'prepare.py {name} --tokenizer=bytes', capsys)
-        assert all(word in error for word in said), error
-    assert not os.path.exists('data/latin')
-    lines = iter(['{"text": "fine"}\n', '{"text": \n', '{}\n'])     # the third is not read
-    with pytest.raises(ValueError):
-        list(prepare.json_rows(lines, '.jsonl'))
-    assert next(lines) == '{}\n'
+            ('x', 'y.jsonl.zst', 'unpack'), ('t.csv', 'jsonl'), ('half.jsonl', 'row 2'), ('t.jsonl', 'row 1', 'body'),
+            ('ids257.jsonl', 'row 2', '257'), ('ids-1.jsonl', '-1'), ('ids1.5.jsonl', '1.5'),
+            ('ids"7".jsonl', '7'), ('empty', '.parquet'), ('w --max_tokens=0', '0'),
+            ('w --name=../w', '../w'), ('w --tokenizer=empty', 'tokenizer.json')):
+        error = refused(f'prepare.py --tokenizer=bytes --name=x {line}', capsys)
+        assert all(word in error for word in said) and not os.path.exists('data/x'), error
 
-def test_data_is_not_overwritten_but_what_a_killed_run_left_is(folder, capsys):
-    put({'a/train.txt': 'this is a. ' * 50, 'data/mine/train.bin': 'nanoGPT wrote this'})
-    os.makedirs('disk')
-    os.symlink(os.path.abspath('disk'), 'data/train')
-    here('prepare.py a/train.txt --tokenizer=bytes')
-    files = {'meta.json', 'tokenizer', 'train.bin', 'val.bin'}
-    assert {*os.listdir('disk')} == files and read_json('disk/meta.json')['val']['tokens'] > 100
-    kept = {f.name: f.read_bytes() for f in Path('disk').iterdir() if f.is_file()}
-    for name in ('train', 'mine'):
-        line = f'prepare.py a/train.txt --name={name} --tokenizer=bytes'
-        assert '--name=' in refused(line, capsys)
-    assert kept == {f.name: f.read_bytes() for f in Path('disk').iterdir() if f.is_file()}
-    assert os.listdir('data/mine') == ['train.bin']
+def test_data_is_not_overwritten_but_what_a_killed_run_left_is(folder, capsys, monkeypatch):
+    look = lambda folder: {path.name: path.read_bytes() for path in Path(folder).rglob('*.*')}
+    put({'a/train.txt': 'this is a. ' * 500, 'data/mine/train.bin': 'nanoGPT wrote this'})
+    replace, line, order = os.replace, 'prepare.py a/train.txt --tokenizer=bytes', []
+    monkeypatch.setattr(os, 'replace', lambda *names: order.append(names) or replace(*names))
+    here(line)
+    assert order[-1] == (Path('data/train/meta.json.partial'), Path('data/train/meta.json'))
+    data = look('data/train')
+    assert len(data) == 5 and read_json('data/train/meta.json')['val']['tokens'] == 1025
+    assert '--name=' in refused(line, capsys) + refused(f'{line} --name=mine', capsys)
+    assert look('data/train') == data and os.listdir('data/mine') == ['train.bin']
+    Path('data/train/tokenizer/vocab.json').write_text("another tokenizer's")
+    os.rename('data/train/meta.json', 'data/train/meta.json.partial')
+    here(line)
+    assert look('data/train') == data
 
-    own_tokenizer('own')
-    put({'own/chat_template.jinja': 'a file that bytes has not'})
-    replace, look = os.replace, lambda folder: {
-        path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob('*.*')}
-    for survived in range(6):       # its tokenizer's three files, train.bin, val.bin, meta.json
-        child = os.fork()
-        if not child:
-            left = iter(range(survived))
-            os.replace = lambda *args: os._exit(9) if next(left, None) is None else replace(*args)
-            try:
-                here('prepare.py a/train.txt --name=b --tokenizer=own')
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-        assert os.listdir('data/b') and not os.path.exists('data/b/meta.json')
-        here('prepare.py a/train.txt --name=b --tokenizer=bytes')
-        assert look('data/b') == look('disk')
-        shutil.rmtree('data/b')
-
-def test_rows_of_token_ids(folder, capsys, gpt2):
-    def prepared(rows, keys):
-        shutil.rmtree('data', ignore_errors=True)
-        put({'ids.jsonl': '\n'.join(json.dumps({'input_ids': row}) for row in rows)})
-        here(f'prepare.py ids.jsonl --val_fraction=1 {keys}')
-        return np.fromfile('data/ids/val.bin', np.uint16).tolist(), read_json('data/ids/meta.json')
-    windows = np.random.default_rng(0).integers(257, size=(50, 128)).tolist()
-    ids, meta = prepared(windows, '--tokenizer=bytes --windows=True')
-    assert (ids, meta['window']) == (sum(windows, []), 128)
-    ids, _ = prepared(windows, '--tokenizer=bytes --windows=True --max_tokens=1000')
-    assert ids == sum(windows[:7], [])
-    assert prepared([[1, 2], [3]], '--tokenizer=bytes')[0] == [1, 2, 256, 3, 256]       # documents
-    ids, meta = prepared([[1, 2], [50255]], '')
-    assert ids == [1, 2, 50256, 50255, 50256] and meta['tokenizer'] == 'gpt2'
-    for bad, tokenizer in (('65536', 'gpt2'), ('50257', 'gpt2'), ('-1', 'bytes'), ('1.5', 'bytes'),
-                           ('300', 'bytes'), ('"7"', 'bytes')):
-        put({'x/ids.jsonl': '{"input_ids": [1]}\n{"input_ids": [%s]}' % bad})
-        error = refused(f'prepare.py x --tokenizer={tokenizer}', capsys)
-        assert 'x/ids.jsonl, row 2' in error and bad.strip('"') in error
-
-# -----------------------------------------------------------------------------
-# Tokenizers.
-
-def test_a_folders_tokenizer_is_used_and_copied_and_has_the_models_end_of_text(folder, capsys):
+def test_a_folders_tokenizer_needs_no_network_and_is_copied(folder, capsys, monkeypatch):
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: 1 / 0)
     bpe = own_tokenizer('own')
     put({'t.txt': 'Grüße </s> <pad> <|endoftext|> and more text ' * 400})
-    here('prepare.py t.txt --tokenizer=own')
-    ids = np.concatenate([np.fromfile(f'data/t/{s}.bin', np.uint16) for s in ('train', 'val')])
+    assert 'TIKTOKEN_CACHE_DIR' in refused('prepare.py t.txt', capsys)
+    here('prepare.py t.txt --tokenizer=own --val_fraction=0')
+    ids = np.fromfile('data/t/train.bin', np.uint16)
     assert bpe.decode(ids[:-1].tolist()) == Path('t.txt').read_text()
-    meta = read_json('data/t/meta.json')        # end-of-text that is written in a text is text
-    assert (meta['tokenizer'], meta['vocab_size'], meta['eot']) == ('own', 300, 0)
-    assert ids[-1] == 0 and (ids > 1).sum() == len(ids) - 1
-    for file in ('tokenizer.json', 'tokenizer_config.json'):
-        assert Path('data/t/tokenizer', file).read_bytes() == Path('own', file).read_bytes()
+    assert ids[-1] == 0 and (ids[:-1] > 1).all()    # what is written in a text is text
     for eos, eot in ((1, 1), ([5, 0], 5), (70_000, 0), (None, 0)):
         put({'own/config.json': json.dumps({'eos_token_id': eos})})
         assert prepare.get_tokenizer('own').eot == eot
-    run = random_model(vocab_size=300)
-    run.config.eot_token_id = 7
-    model.save_checkpoint('run', run)
-    shutil.copytree('own', 'run/tokenizer')
-    assert prepare.get_tokenizer('run').eot == 7
+    model.save_checkpoint('run', random_model(vocab_size=300))
+    shutil.copytree('data/t/tokenizer', 'run/tokenizer')
+    assert prepare.get_tokenizer('run').encode('Grüße').tolist() == bpe.encode('Grüße').ids
     large = read_json('own/tokenizer.json')
     large['model']['vocab'] |= {f'more{i}': i for i in range(300, 65537)}
-    put({'own/tokenizer.json': json.dumps(large), 'bare/vocab.json': '{}'})
+    put({'own/tokenizer.json': json.dumps(large)})
     assert '65,537 tokens' in refused('prepare.py t.txt --name=x --tokenizer=own', capsys)
-    assert 'tokenizer.json' in refused('prepare.py t.txt --name=x --tokenizer=bare', capsys)
-    assert os.listdir('data') == ['t']
-
-def test_gpt2s_tokenizer_json_needs_no_network(folder, capsys, gpt2, monkeypatch):
-    url = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
-    vocab, merges = map(tiktoken.load.read_file_cached, (f'{url}encoder.json', f'{url}vocab.bpe'))
-    put({'vocab.json': vocab, 'merges.txt': merges, 'rows.jsonl': '\n'.join(
-        json.dumps({'text': text}) for text in [*NASTY, (REPO / 'test_model.py').read_text()])})
-    bpe = tokenizers.ByteLevelBPETokenizer('vocab.json', 'merges.txt')
-    bpe.add_special_tokens(['<|endoftext|>'])
-    put({'mine/tokenizer.json': bpe.to_str(), 'mine/config.json': '{}'})
-    here('prepare.py rows.jsonl --name=online --val_fraction=0')
-
-    def offline(*args):
-        raise ConnectionError
-    monkeypatch.setattr(tiktoken.load, 'read_file_cached', offline)
-    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
-    here('prepare.py rows.jsonl --name=offline --val_fraction=0 --tokenizer=mine')
-    assert documents_of('offline', eot=50256) == documents_of('online', eot=50256)
-    error = refused('prepare.py rows.jsonl --name=x', capsys)
-    assert 'TIKTOKEN_CACHE_DIR' in error and 'tokenizer.json' in error
 
 def test_bytes_files_are_what_transformers_reads(folder):
     put(prepare.get_tokenizer('bytes').files | {'config.json': '{"model_type": "gpt2"}'})
@@ -1106,76 +1011,39 @@ def test_bytes_files_are_what_transformers_reads(folder):
         ids = tokenizer(text + '<|endoftext|>')['input_ids']
         assert ids == [*text.encode(), 256] and tokenizer.decode(ids[:-1]) == text
 
-# -----------------------------------------------------------------------------
-# The hub.
-
-def test_openwebtexts_validation_documents_are_nanogpts(folder, monkeypatch):
-    data = datasets.Dataset.from_dict({'n': range(5000)})
-    split = data.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+def test_presets_set_nanogpts_documents_aside_or_are_windows(folder, monkeypatch):
+    split = datasets.Dataset.from_dict({'n': range(5000)}).train_test_split(0.0005, seed=2357)
     assert prepare.nanogpt_val(5000) == set(split['test']['n'])
-    assert len(prepare.nanogpt_val()) == 4007
-    monkeypatch.setattr(prepare, 'hub_rows', lambda name, revision, *_: (
-        {'text': f'{name} {revision} {n}'} for n in range(4000)))
     drawn = sorted(n for n in prepare.nanogpt_val() if n < 4000)
-    for preset, train_documents in (('openwebtext', 4000 - len(drawn)), ('openwebtext_val', 0)):
-        here(f'prepare.py {preset} --tokenizer=bytes')
-        name = ' '.join(prepare.PRESETS[preset][:2])
-        assert documents_of(preset, 'val') == [[*f'{name} {n}'.encode(), 256] for n in drawn]
-        assert len(documents_of(preset)) == train_documents
+    windows = np.random.default_rng(0).integers(257, size=(50, 128)).tolist()
+    hub = {'openwebtext': [f'row {n}' for n in range(4000)],
+           'pile': [{'input_ids': row} for row in windows], 'me/ids': [{'input_ids': [1, 2]}, [3]]}
+    monkeypatch.setattr(prepare, 'hub_rows', lambda source, o: hub[source])
+    for line in (*hub, 'pile --name=seven --max_tokens=1000'):      # whole windows only
+        here(f'prepare.py {line} --tokenizer=bytes')
+    assert documents_of('openwebtext', 'val') == [[*f'row {n}'.encode(), 256] for n in drawn]
+    assert documents_of('ids') + documents_of('ids', 'val') == [[1, 2, 256], [3, 256]]
+    for name, n in (('pile', 50), ('seven', 7)):
+        assert np.fromfile(f'data/{name}/val.bin', np.uint16).tolist() == sum(windows[:n], [])
+        assert read_json(f'data/{name}/meta.json')['window'] == 128
 
 def test_prepare_streams_from_a_hub(hub):
-    repos, downloads, env = hub
-    texts = {name: [f'{name} {i}' for i in range(300)] for name in ('one', 'two')}
-    one, two = (parquet(text=[*rows, None]) for rows in texts.values())
-    sound = {'info': {'features': {'text': {'dtype': 'string', '_type': 'Value'},
-                                   'audio': {'_type': 'Audio'}}}}
-    schema = pyarrow.schema([('audio', pyarrow.struct([('bytes', 'binary'), ('path', 'string')])),
-                             ('text', 'string')], {'huggingface': json.dumps(sound)})
-    readme = (b"---\nconfigs:\n- config_name: one\n  data_files: one/*.parquet\n"
-              b"- config_name: two\n  data_files: two/*.parquet\n---\n")
-    repos['/datasets/me/rows'] = {'main': {'data/train-00000-of-00001.parquet': one}}
-    repos['/datasets/me/sound'] = {'main': {'data/train-00000-of-00001.parquet': parquet(
-        schema, audio=[{'bytes': b'no sound', 'path': 'x.wav'}] * 300, text=texts['one'])}}
-    repos['/datasets/me/lines'] = {'main': {'train.jsonl': b'\n'.join(
-        json.dumps({'n': 1, 'text': text}).encode() for text in texts['two'])}}
-    repos['/datasets/me/configs'] = {
-        'main': {'README.md': readme, 'one/0.parquet': one, 'two/0.parquet': two}}
-    repos['/datasets/me/flaky'] = {
-        'main': {f'data/train-{k:05d}-of-00002.parquet': one for k in range(2)}}
-    put({'lines.py': """import contextlib, prepare
-for line in open('lines'):
-    with contextlib.suppress(SystemExit):
-        prepare.main([*line.split(), '--tokenizer=bytes', '--val_fraction=0'])""",
-         'lines': """me/configs
-me/rows --column=body --name=x
-me/nothing
-me/rows
-me/sound
-me/lines
-me/configs --config=two
-me/flaky"""})
-    out = finished(start('lines.py', env=env))
-    errors = [line for line in out.splitlines() if line.startswith('prepare.py: ')]
-    for error, *words in zip(errors, ('one', 'text', 'me/nothing'), ('two', 'body', ''),
-                             strict=True):
-        assert all(word in error for word in words)     # no configuration is chosen silently
-    assert sorted(os.listdir('data')) == ['configs', 'flaky', 'lines', 'rows', 'sound']
-    assert '1 rows without text' in out
-    for name, rows in (('rows', texts['one']), ('configs', texts['two']), ('lines', texts['two']),
-                       ('flaky', texts['one'] * 2), ('sound', texts['one'])):
-        assert documents_of(name) == [[*text.encode(), 256] for text in rows]
-
-@pytest.mark.parametrize('line, said', [
-    ('prepare.py empty --tokenizer=bytes', 'empty'),
-    ('prepare.py words.txt --tokenizer=bytes --max_tokens=100', '100'),
-    ('prepare.py words.txt --tokenizer=bytes --name=../words', '../words'),
-    ('prepare.py words.txt --tokenizer=bytes --split=train', 'words.txt'),
-    ('prepare.py words.txt --tokenizer=bytes --val_fraction=2', '2'),
-    ('prepare.py words.txt --tokenizer=no/such', 'no/such')])
-def test_bad_options_of_prepare(line, said, folder, capsys, monkeypatch):
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    put({'empty/.hidden': '', 'words.txt': 'some words'})
-    assert said in refused(line, capsys) and not os.path.exists('data/words')
+    texts = [f'text {i}' for i in range(300)]
+    sound = datasets.Features(audio=datasets.Audio(), text=datasets.Value('string')).arrow_schema
+    configs = '---\nconfigs:\n' + ''.join(
+        f'- {{config_name: {name}, data_files: a.parquet}}\n' for name in ('one', 'two')) + '---\n'
+    put({'hub/datasets/me/sound/a.parquet': parquet(sound, audio=[{}] * 300, text=texts),
+         'hub/datasets/me/configs/a.parquet': parquet(text=[*texts, None]),
+         'hub/datasets/me/configs/README.md': configs, 'hub/datasets/me/lines/a.jsonl': '\n'.join(
+             json.dumps({'n': 1, 'text': text}) for text in texts), 'lines.py': """import prepare
+for line in ('configs', 'nothing', 'sound', 'lines', 'configs --config=two'):
+    try:
+        prepare.main([*f'me/{line}'.split(), '--tokenizer=bytes', '--val_fraction=0'])
+    except SystemExit: pass"""})
+    errors = told(start('lines.py', env=hub[1]), 0)
+    assert len(errors) == 2 and "'one', 'two'" in errors[0] and 'me/nothing' in errors[1], errors
+    for name in ('configs', 'lines', 'sound'):      # no configuration is chosen silently
+        assert documents_of(name) == [[*text.encode(), 256] for text in texts]
 
 # -----------------------------------------------------------------------------
 # Bad input: one line on stderr with the value and what to type, exit status 2, nothing written.
