@@ -1,13 +1,17 @@
 """
-All that waits for a GPU, within ten minutes of one H100 and without a network:
+All that is to be measured on a GPU, without a network. Parts that train side by side keep one H100
+busy while others compile; all then takes ten minutes:
 
-    python experiments/gpu.py [--seconds=570] [--tokenizer=gpt2] [PART ...]     PARTS, below
-    python experiments/gpu.py --tiny        the same code on a CPU, in a minute or two
+    G="python experiments/gpu.py"
+    $G data & $G exact; $G speed; wait; $G pretrain
+    $G remove hand_over & $G paper & $G resume & wait; $G more
+
+    python experiments/gpu.py --tiny        all parts in turn, on a CPU, in two minutes
 
 The model is a stand-in of GPT-2 small's shape, trained on the Python files of this machine's
 packages. A part that fails does not stop the others; the table at the end has what they found.
-Tokens are GPT-2's (set TIKTOKEN_CACHE_DIR), a folder's with a tokenizer.json, or else bytes.
-Writes data/gpu and out/gpu; data that are there are used again.
+Tokens are GPT-2's (set TIKTOKEN_CACHE_DIR), or with --tokenizer=bytes bytes. Writes data/gpu and
+out/gpu. --seconds=N: stop then.
 """
 import copy
 import json
@@ -27,6 +31,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 from losses import measured                                             # noqa: E402
 from model import GPT2, GPT2Config, check, command, load_checkpoint     # noqa: E402
+from prepare import get_tokenizer                                       # noqa: E402
 from train import read_log                                              # noqa: E402
 
 OPTIONS = dict(a[2:].partition('=')[::2] for a in sys.argv[1:] if a.startswith('--'))
@@ -35,10 +40,11 @@ NAME = 'gpu_tiny' if TINY else 'gpu'
 DATA, OUT = Path('data', NAME), Path('out', NAME)
 CUDA = torch.cuda.is_available()
 DEVICE = 'cuda' if CUDA else 'cpu'
+FAST = 'config/remove_ln_fast.py'
 SHAPE = (dict(n_layer=2, n_head=2, n_embd=32, block_size=32) if TINY else
          dict(n_layer=12, n_head=12, n_embd=768, block_size=1024))
-BATCH, PRETRAIN, TEXT = (4, 50, 1e6) if TINY else (16, 400, 240e6)     # rows, iterations, bytes
-PRETRAIN_TOKENS, TOKENS = ((256, 128) if TINY else (65536, 32768))      # of an iteration
+BATCH, PRETRAIN, TEXT = (4, 50, 1e6) if TINY else (16, 600, 240e6)     # rows, iterations, bytes
+TOKENS = 128 if TINY else 16384     # of a micro-step
 ROWS = []
 
 def tell(what, value):
@@ -57,10 +63,10 @@ def train(name, *argv):
     python('train.py', *argv, f'--dataset={NAME}', f'--batch_size={BATCH}',
            f'--out_dir={OUT}/{name}')
 
-def removal(name, recipe, *argv):
+def removal(name, *argv, tokens=2 * TOKENS):
     """A run of a recipe from the pre-trained model."""
-    train(name, f'config/{recipe}.py', f'--init_from={OUT}/pretrained', *argv, '--log_interval=1',
-          f'--batch_tokens={TOKENS}', '--eval_interval=10_000', '--guard_nats=0')
+    train(name, *argv, f'--init_from={OUT}/pretrained', f'--batch_tokens={tokens}',
+          '--log_interval=1', '--eval_interval=10_000', '--guard_nats=0')
 
 def speed():
     """What a step costs: LayerNorm kept, removed, with a teacher, with a padded vocabulary."""
@@ -73,9 +79,9 @@ def speed():
         setting = ' '.join(a for a in told if a.startswith(('--ln', '--teacher=f', '--vocab')))
         tell(f'step: {setting}', line.split('; ', 1)[1])
 
-def pretrain():
-    """The data, and a stand-in trained on them."""
-    if not DATA.exists():
+def data():
+    """The Python files of this machine's packages, in data/gpu."""
+    if not (DATA / 'meta.json').exists():
         paths = sysconfig.get_paths()
         files = sorted({*Path(paths['purelib']).rglob('*.py'), *Path(paths['stdlib']).glob('*.py')})
         random.Random(0).shuffle(files)
@@ -85,19 +91,19 @@ def pretrain():
                 n += f.write(json.dumps({'text': path.read_text(errors='replace')}) + '\n')
                 if n > TEXT:
                     break
-        for choice in (OPTIONS.get('tokenizer', 'gpt2'), 'bytes'):
-            try:
-                python('prepare.py', OUT / 'python.jsonl', f'--name={NAME}',
-                       f'--tokenizer={choice}')
-                break
-            except RuntimeError as e:
-                print(e)
-    meta = json.loads((DATA / 'meta.json').read_text())
-    tell('data', f"{meta['train']['tokens']:,} tokens of {meta['tokenizer']}")
-    shape = SHAPE | {'vocab_size': meta['vocab_size']}
+        print(python('prepare.py', OUT / 'python.jsonl', f'--name={NAME}',
+                     f"--tokenizer={OPTIONS.get('tokenizer', 'gpt2')}"))
+    tell('data', f"{meta()['train']['tokens']:,} tokens of {meta()['tokenizer']}")
+
+def meta():
+    return json.loads((DATA / 'meta.json').read_text())
+
+def pretrain():
+    """A stand-in, trained on them."""
+    shape = SHAPE | {'vocab_size': meta()['vocab_size']}
     shutil.rmtree(OUT / 'standin', ignore_errors=True)
     python('experiments/standin.py', OUT / 'standin', *(f'--{k}={v}' for k, v in shape.items()))
-    train('pretrained', f'--init_from={OUT}/standin', f'--batch_tokens={PRETRAIN_TOKENS}',
+    train('pretrained', f'--init_from={OUT}/standin', f'--batch_tokens={4 * TOKENS}',
           f'--max_iters={PRETRAIN}', '--eval_interval=10_000', f'--warmup_iters={PRETRAIN // 10}')
     before, after = (e['val_loss'] for e in read_log(OUT / 'pretrained', 'eval'))
     tell('pre-training', f'{before:.3f} -> {after:.4f} nats; {tokens_per_second("pretrained")}')
@@ -112,32 +118,59 @@ def compare(name, control):
     worst = np.subtract(*([e['loss'] for e in read_log(run, 'train')] for run in runs))
     looks = read_log(runs[0], 'giant')
     giants = ', '.join(f"{kind} {max(looks[0][kind].values()):.1f} -> "
-                       f"{max(looks[-1][kind].values()):.1f}" for kind in ('bos', 'eot'))
+                       f"{max(looks[-1][kind].values()):.1f}"
+                       for kind in ('bos', 'eot') if looks)
     tell(name, f'gap {gap:+.4f}, worst moment {worst.max():+.2f} at {worst.argmax()}, giant '
                f'{giants}; {tokens_per_second(name)}')
 
+def rare():
+    """{kind: (n,) token ids} that the model has not met."""
+    rng, encode = np.random.default_rng(0), get_tokenizer(meta()['tokenizer']).encode
+    headers = sorted(Path(sysconfig.get_paths()['include']).glob('*.h'))
+    chinese = ''.join(map(chr, rng.integers(0x4e00, 0x9fa5, 20_000)))
+    return {'random ids': rng.integers(meta()['vocab_size'], size=40_000),
+            'random Chinese': encode(chinese), 'one character': encode('a ' * 40_000),
+            'C headers': encode(''.join(p.read_text(errors='replace') for p in headers))}
+
 def near(name):
-    """Tells how near a run is to the model that it began from."""
+    """Tells how near a run is to the model that it began from, and its losses on rare input."""
     models = [GPT2.from_pretrained(OUT / run).to(DEVICE).eval() for run in ('pretrained', name)]
-    ids = np.fromfile(DATA / 'val.bin', np.uint16)
-    with torch.no_grad():
-        found = measured(models, ids, most=64)
-    tell(f'{name} beside the original', f"KL {found['kl'].mean():.4f}, JSD "
-         f"{found['jsd'].mean():.4f}, same next token {found['same'].mean():.1%}")
+    found = measured(models, np.fromfile(DATA / 'val.bin', np.uint16), most=64)
+    tell(f'{name} beside the original', f"KL {found['kl'].mean():.4f}, 99.9% of it "
+         f"{np.quantile(found['kl'], 0.999):.2f}, JSD {found['jsd'].mean():.4f}, same next token "
+         f"{found['same'].mean():.1%}")
+    losses = {kind: measured(models, ids, most=32) for kind, ids in rare().items()}
+    tell(f'{name}, nats on rare input (the original)', ', '.join(
+        f"{kind} {found['loss 1'].mean():.2f} ({found['loss 0'].mean():.2f})"
+        for kind, found in losses.items()))
 
 def remove():
     """remove_ln_fast.py: its control, itself, with distil.py."""
-    removal('control', 'remove_ln_fast', 'config/control.py')
+    removal('control', FAST, 'config/control.py')
     near('control')
     for name, more in (('fast', []), ('distil', ['config/distil.py'])):
-        removal(name, 'remove_ln_fast', *more)
+        removal(name, FAST, *more)
         compare(name, 'control')
+        near(name)
+
+def more():
+    """A teacher alone; a control with half the learning rate; another seed."""
+    removal('distil_1', FAST, 'config/distil.py', '--distil=1')
+    compare('distil_1', 'control')
+    near('distil_1')
+    removal('control_half', FAST, 'config/control.py', '--learning_rate=3e-4', '--min_lr=1.5e-4')
+    compare('control_half', 'control')
+    near('control_half')
+    for name, *argv in (('control.2', 'config/control.py'), ('fast.2',),
+                        ('distil_1.2', 'config/distil.py', '--distil=1')):
+        removal(name, FAST, *argv, '--seed=2')
+        compare(name, 'control.2')
         near(name)
 
 def paper():
     """remove_ln.py and its control."""
-    removal('control_paper', 'remove_ln', 'config/control.py')
-    removal('paper', 'remove_ln')
+    removal('control_paper', 'config/remove_ln.py', 'config/control.py', tokens=TOKENS)
+    removal('paper', 'config/remove_ln.py', tokens=TOKENS)
     compare('paper', 'control_paper')
 
 def hand_over():
@@ -212,14 +245,15 @@ def exact():
     from torch._dynamo.utils import counters
     tell('graphs of the two', counters['stats']['unique_graphs'])
 
-PARTS = {f.__name__: f for f in (speed, pretrain, remove, hand_over, resume, exact, paper)}
+PARTS = {f.__name__: f for f in (data, exact, speed, pretrain, remove, hand_over, resume, paper,
+                                 more)}
 
 @command
 def main(argv):
     wanted = [a for a in argv if not a.startswith('--')] or [*PARTS]
     check({*wanted} <= PARTS.keys() and OPTIONS.keys() <= {'tiny', 'seconds', 'tokenizer'},
           f"got {' '.join(argv)}; expected parts of {', '.join(PARTS)}")
-    began, seconds = time.time(), int(OPTIONS.get('seconds', 570))
+    began, seconds = time.time(), int(OPTIONS.get('seconds', 3600))
 
     def over(number, frame):
         raise TimeoutError("no time left")
