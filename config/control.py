@@ -2,7 +2,6 @@
 The control of any removal: the same model, data, batches and learning rate, and LayerNorm stays.
 
     python train.py config/remove_ln.py config/control.py       # writes out/remove_ln/control
-    python train.py config/remove_ln.py --control=out/remove_ln/control     # compared with it
 """
 out_dir = out_dir + '/control'
 remove_ln = False

@@ -9,7 +9,6 @@ config/control.py behind a variant makes its control.
 The pace is the paper's, remove_ln.py's of 1,200 iterations and 12 layers brought to 400 iterations
 and 4: its warm-up and cosine too, so that the learning rate is still at 0.4 of its peak at the end.
 """
-control = ''
 init_from = 'out/evidence/pretrained'     # the demo's, trained for 1,000 iterations
 max_iters = 400
 eval_interval = 400         # before and after

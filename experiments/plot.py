@@ -1,5 +1,6 @@
 """
 Draws a run and its control: training losses (lines), validation losses (dots), removals (dotted).
+Prints the gap: the difference of their last validation losses, in nats.
 
     python experiments/plot.py PICTURE.png RUN [CONTROL]        needs matplotlib
 """
@@ -20,6 +21,9 @@ from train import read_log                      # noqa: E402
 def main(argv):
     check(2 <= len(argv) <= 3, f"got {' '.join(argv)}; expected PICTURE.png RUN [CONTROL]")
     picture, *runs = argv
+    ends = [read_log(run, 'eval')[-1]['val_loss'] for run in runs]
+    for run, loss in zip(runs, ends):
+        print(f"{run:<24} val loss {loss:.4f}, gap {loss - ends[-1]:+.4f}")
     fig, ax = plt.subplots(figsize=(9, 5), layout='constrained')
     for run in reversed(runs):
         train, val = (np.array([(e['iter'], e[key]) for e in read_log(run, event)]).T

@@ -5,4 +5,4 @@ weight_decay = 0.01
 beta2 = 0.999
 start_ln2, start_ln1qk, start_ln1v, start_lnf = 27, 59, 91, 139
 gap_ln2, gap_ln1qk, gap_ln1v = 8, 8, 12
-aux_loss_weight = giant_loss_weight = 0.1
+aux_loss_weight = 0.1
