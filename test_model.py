@@ -14,7 +14,6 @@ os.environ.update({'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'MKL_NUM_
 import contextlib
 import gc
 import gzip
-import http.server
 import io
 import json
 import re
@@ -31,7 +30,6 @@ import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import unquote
 
 import datasets
 import numpy as np
@@ -50,7 +48,6 @@ import prepare
 import train
 from model import BOS, EOT, TOKEN, GPT2, GPT2Config, UserError
 
-torch.set_num_threads(1)
 REPO = Path(__file__).parent.resolve()
 sys.path.append(str(REPO / 'experiments'))
 import hub as hub_server    # noqa: E402
@@ -58,16 +55,15 @@ import hub as hub_server    # noqa: E402
 # A run of 16 iterations from scratch, four micro-batches each; the same, with removal.
 TINY = 'train.py tiny.py shape.py'
 REMOVAL = f'{TINY} remove.py'
+# The flagship: config/remove_ln.py, a sixth of the paper's iterations, 3 layers for its 12, on
+# experiments/standin.py's model with the giant vector, trained for a moment; and its control.
+SCALED = 'tiny.py config/remove_ln.py scaled.py'
 CONFIGS = {
     'tiny.py': """dataset, device, compile, eval_iters, log_interval = 'tiny', 'cpu', False, 10, 1
 batch_size, batch_tokens, max_iters, warmup_iters, learning_rate = 4, 512, 16, 2, 3e-3""",
     'shape.py': "n_layer, n_head, n_embd, block_size = 2, 2, 32, 32",
     'remove.py': """remove_ln, start_ln2, start_ln1qk, start_ln1v, start_lnf = True, 2, 4, 6, 10
-start_eot, start_bos, gap_ln2, gap_ln1qk, gap_ln1v = 11, 13, 1, 1, 2"""}
-# The flagship: config/remove_ln.py, a sixth of the paper's iterations, 3 layers for its 12, on
-# experiments/standin.py's model with the giant vector, trained for a moment; and its control.
-SCALED = 'tiny.py config/remove_ln.py scaled.py'
-CONFIGS |= {
+start_eot, start_bos, gap_ln2, gap_ln1qk, gap_ln1v = 11, 13, 1, 1, 2""",
     'scaled.py': """dataset, init_from, batch_size, batch_tokens = 'tiny', 'giant', 16, 1024
 max_iters, warmup_iters, lr_decay_iters, eval_iters = 200, 16, 333, 200
 start_ln2, start_ln1qk, start_ln1v, start_lnf = 33, 73, 113, 173
@@ -124,18 +120,18 @@ def start(line, nproc=1, env={}):
     script, *args = line.split()
     script = script if os.path.exists(script) else REPO / script
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}']
-    env = os.environ | {'PYTHONPATH': str(REPO)} | env
+    path = f"{REPO}{os.pathsep}{os.environ.get('PYTHONPATH', REPO)}"
     return subprocess.Popen([sys.executable, *torchrun * (nproc > 1), script, *args], text=True,
-                            env={k: v for k, v in env.items() if v is not None},
+                            env=os.environ | {'PYTHONPATH': path} | env,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 def finished(process, status=0):
-    """What the process printed; it has ended with this status. 1 is torchrun's own."""
+    """What the process printed; it has ended with this status."""
     try:
         output = process.communicate(timeout=300)[0]
     finally:
         process.kill()
-    assert process.returncode == status and ('Traceback' not in output or status == 1), output
+    assert process.returncode == status and 'Traceback' not in output, output
     return output
 
 def told(process, status=2):
@@ -160,17 +156,11 @@ def random_model(ln_mode='real', **kwargs):
         p.copy_(p * 3 + 0.2 * torch.randn_like(p) * (p.dim() == 1))
     return model
 
-def stock_model(**kwargs):
-    """transformers' GPT-2 of the same shape."""
-    config = dict(n_positions=31, vocab_size=101, n_layer=3, n_head=3, n_embd=39)
-    config = transformers.GPT2Config(**config | kwargs, initializer_range=0.2)
-    return transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
-
-def load_stock(folder, **kwargs):
-    return transformers.GPT2LMHeadModel.from_pretrained(folder, **kwargs).eval()
-
 def load(folder):
     return GPT2.from_pretrained(folder).eval().requires_grad_(False)
+
+def load_theirs(folder, **kwargs):
+    return transformers.GPT2LMHeadModel.from_pretrained(folder, **kwargs).requires_grad_(False)
 
 def read_json(path):
     return json.loads(Path(path).read_text())
@@ -204,20 +194,16 @@ def log_of(out_dir):
 def test_logits_equal_transformers_in_both_directions(shape, folder):
     ours = random_model(**shape)
     ours.save_pretrained('ours')
-    theirs = load_stock('ours')
+    theirs = load_theirs('ours')
     assert difference(theirs(IDX).logits, ours(IDX)[0]) < 1e-5
     assert abs(ours(IDX[:, :-1], IDX[:, 1:])[1] - theirs(IDX, labels=IDX).loss) < 1e-5
     assert ours(IDX, torch.full_like(IDX, -1))[1] == 0      # no target
-    theirs = stock_model(**shape)
     theirs.save_pretrained('theirs', max_shard_size='20KB')     # in shards, as GPT-2 XL
-    stale = {'transformer.wte.weight': torch.zeros_like(ours.wte.weight)}
-    model.save_file(stale, 'theirs/model-00009-of-00009.safetensors')       # in no index
+    stale = {'transformer.stale.weight': torch.zeros(1)}        # of another model, in no index
+    model.save_file(stale, 'theirs/model-00009-of-00009.safetensors')
     ours = load('theirs')
     assert difference(theirs(IDX).logits, ours(IDX)[0]) < 1e-5
     assert ours.lm_head.weight is ours.wte.weight
-
-def as_fake(real):
-    return GPT2.from_state(vars(real.config), real.state_dict(), 'test', 'fake').eval()
 
 def test_a_gate_moves_its_own_site_only_and_mixes_the_inverse_scales():
     model = random_model('fake')
@@ -234,16 +220,13 @@ def test_a_gate_moves_its_own_site_only_and_mixes_the_inverse_scales():
     assert difference(v, expected) < 1e-5
 
 def test_fake_with_gates_at_0_is_real_and_hooks_on_c_attn_work_in_both():
-    real = random_model()
-    fake, seen = as_fake(real), []
+    real, seen = random_model(), []
+    fake = GPT2.from_state(vars(real.config), real.state_dict(), 'test', 'fake').eval()
     assert len(fake.sites()) == 3 * 3 + 1 and difference(real(IDX)[0], fake(IDX)[0]) < 1e-6
-    back = GPT2.from_state(vars(fake.config), fake.state_dict(), 'test', 'real').eval()
-    assert torch.equal(back(IDX)[0], real(IDX)[0])
     for m in (real, fake):
         m.h[1].attn.c_attn.register_forward_hook(lambda _, x, y: seen.append((x, y)) or 2 * y)
     assert difference(real(IDX)[0], fake(IDX)[0]) < 1e-5
     assert len(seen) == 2 and difference(seen[0][1], seen[1][1]) < 1e-5     # each was called once
-    assert difference(fake(IDX)[0], random_model()(IDX)[0]) > 0.01
     fake.sites()['h.1.ln_1.v'].fill_(0.5)
     fake(IDX)
     (qk, v), y = seen[-1]       # at mixed gates the output is of both inputs
@@ -256,8 +239,7 @@ def test_constants_are_the_means_over_tokens_of_a_kind():
     idx = IDX % 100
     idx[:, [5, 20]] = idx[0, 0] = model.config.eot_token_id
     kinds = model.kinds(idx)
-    assert kinds[0].tolist() == [EOT] + [TOKEN] * 4 + [EOT] + [TOKEN] * 14 + [EOT] + [TOKEN] * 10
-    assert kinds[1, 0] == BOS
+    assert kinds[:2, :6].tolist() == [[first] + [TOKEN] * 4 + [EOT] for first in (EOT, BOS)]
     forward, y = partial(model, return_stds=True), idx.clone()
     y[3, 7:] = -1       # these do not count
     stds = train.measure(model, forward, [(idx[:2], y[:2]), (idx[2:], y[2:])])
@@ -276,37 +258,21 @@ def test_folding_is_exact_and_leaves_no_layernorm_in_the_graph():
     assert none.config.ln_mode == 'none' and not [k for k in none.state_dict() if 'ln_' in k]
     logits = fake(IDX)[0]
     assert difference(logits, none(IDX)[0]) < 1e-4 < difference(logits, random_model()(IDX)[0])
-
-    def ops(model):
-        nodes = make_fx(lambda idx: model(idx)[0])(IDX).graph.nodes
-        return {str(n.target).split('.')[1] for n in nodes if str(n.target).startswith('aten.')}
-    divides = {'native_layer_norm', 'layer_norm', 'var', 'var_mean', 'rsqrt', 'sqrt', 'std',
-               'mean', 'div'}
-    assert ops(fake) & divides and not ops(none) & divides
+    code = lambda model: make_fx(lambda idx: model(idx)[0])(IDX).code
+    divides = r'aten\.(native_layer_norm|layer_norm|var|var_mean|rsqrt|sqrt|std|mean|div)\b'
+    assert re.search(divides, code(fake)) and not re.search(divides, code(none))
 
 @pytest.mark.parametrize('form, dtype, eps, error', [
-    ('as trained', torch.float32, 1e12, 1e-4), ('folded', torch.float32, 1e12, 1e-4),
-    ('folded', torch.float16, 1e8, 0.02)])
+    ('published', torch.float32, 1e12, 1e-4), ('folded', torch.float32, 1e12, 1e-4),
+    ('folded', torch.float16, 1e8, 0.02)])      # published: huge scales, ln_f's bias, a tied head
 def test_a_model_without_layernorm_goes_through_transformers(form, dtype, eps, error, folder):
     fake = remove_all(random_model('fake'))
     (fake.fold_ln() if form == 'folded' else fake).save_pretrained('hf', eps=eps)
-    theirs, config = load_stock('hf', dtype=dtype), read_json('hf/config.json')
-    assert config['layer_norm_epsilon'] == eps and config['n_ctx'] == 31
+    theirs = load_theirs('hf', dtype=dtype)
     assert difference(theirs(IDX).logits.float(), fake(IDX)[0]) < error
     ours = load('hf')
     assert ours.config.ln_mode == 'none' and difference(ours(IDX)[0], fake(IDX)[0]) < 1e-3
     fails('LayerNorm is gone', GPT2.from_pretrained, 'hf', 'fake')
-
-def test_the_published_checkpoints_form_loads(folder):
-    """apollo-research/gpt2_noLN: scales of 1e6, ln_f's own weight and bias, a tied head."""
-    theirs = stock_model(layer_norm_epsilon=1e12)
-    for name, p in theirs.named_parameters():
-        if '.ln_' in name and name.endswith('weight'):
-            p.copy_(1e6 * (torch.randn(39) if 'ln_f' in name else p))
-    theirs.save_pretrained('published')
-    ours, logits = load('published'), theirs(IDX).logits
-    assert ours.config.ln_mode == 'none'
-    assert difference(ours(IDX)[0], logits) < 1e-4 * logits.abs().max()
 
 def test_what_transformers_cannot_express_is_refused(folder, monkeypatch):
     model = random_model('fake')
@@ -319,7 +285,7 @@ def test_what_transformers_cannot_express_is_refused(folder, monkeypatch):
     fails('mean', random_model('none').save_pretrained, 'x')
     monkeypatch.setattr(sys.modules['model'], 'LayerNorm', type(model.ln_f))    # is put back
     train.load_config([str(REPO / 'experiments/variants/dyt.py')])              # a fork's class
-    fork = remove_all(as_fake(random_model()))
+    fork = remove_all(random_model('fake'))
     fails('no stock LayerNorm', fork.save_pretrained, 'x')
     assert not os.path.exists('x')
 
@@ -337,40 +303,34 @@ def test_on_a_gpu_where_there_is_one(workspace):
         assert abs(off).max() < most and load(f'{dtype}/hf').config.ln_mode == 'none'
 
 # -----------------------------------------------------------------------------
-# The schedule.
-
-def small_fake(n_layer):
-    return GPT2(GPT2Config(4, 9, n_layer, n_head=1, n_embd=4, ln_mode='fake'))
+# The schedule, and training runs.
 
 def events(cfg, model, measured):
-    """What set_gates logs in a whole run, as (iteration, event, site or kind), and the entries."""
+    """What set_gates logs in a whole run, as (iteration, event, site or kind)."""
     entries = [e for it in range(cfg.max_iters) for e in train.set_gates(cfg, it, model, measured)]
-    return [(e['iter'], e['event'], e.get('site') or e['kind']) for e in entries], entries
+    return [(e['iter'], e['event'], e.get('site') or e['kind']) for e in entries]
 
 def test_the_papers_pace_event_by_event(workspace):
     removals = [*[(200 + 20 * i, 'remove', f'h.{i}.ln_2') for i in range(12)],
                 *[(440 + 20 * i, 'remove', f'h.{i}.ln_1.qk') for i in range(12)],
                 *[(680 + 30 * i, 'remove', f'h.{i}.ln_1.v') for i in range(12)],
                 (1040, 'remove', 'ln_f')]
-    shipped = train.load_config(['config/remove_ln.py'])        # it merges nothing: no such events
-    assert events(shipped, small_fake(12), lambda: torch.ones(25, 3))[0] == removals
     cfg = train.load_config('config/remove_ln.py --start_eot=1060 --start_bos=1160 '
                             '--taper_iters=0'.split())
     for when, _, site in removals:      # abrupt: a gate is 0 before and 1 from then on
         assert [train.gates(cfg, it, 12)[site] for it in (0, when - 1, when, 1199)] == [0, 0, 1, 1]
     assert [train.gates(cfg, it, 12)['eot'] for it in (1059, 1060)] == [0, 1]
     # each LayerNorm is measured once: ln_1's two sides share that, and a merge leaves it alone
-    model, measured = small_fake(12), []
-    logged, entries = events(cfg, model, lambda: measured.append(torch.rand(25, 3)) or measured[-1])
+    model, measured = random_model('fake', n_layer=12), []
+    logged = events(cfg, model, lambda: measured.append(torch.rand(25, 3)) or measured[-1])
     assert logged == [*removals, (1060, 'merge', 'eot'), (1160, 'merge', 'bos')]
-    std = {e['site']: [*e['std'].values()] for e in entries if e['event'] == 'remove'}
     assert len(measured) == 25
-    for name, ln in model.layernorms().items():
+    for ln in model.layernorms().values():
         assert ln.merge.tolist() == [0, 1, 1] and any((ln.std == m).all(1).any() for m in measured)
-        assert all(std[name + side] == ln.std.tolist() for side in ln.sides)
 
 def test_a_taper_fades_gates_and_merges_and_ends_exactly(workspace):
-    cfg, model = train.load_config(['remove.py', '--taper_iters=4']), small_fake(2)
+    cfg = train.load_config(['remove.py', '--taper_iters=4'])
+    model = random_model('fake', n_layer=2)
     faded = [0, 1 / 16, 4 / 16, 9 / 16] + [1] * 20      # the square of the time
     ln, std = model.h[0].ln_2, torch.tensor([0.768, 33000.7, 4.0])      # rounding leaves a rest
     for it in range(20):
@@ -380,31 +340,16 @@ def test_a_taper_fades_gates_and_merges_and_ends_exactly(workspace):
         assert table['bos'] == ln.merge[BOS] == faded[max(it - 12, 0)]      # from 13 on
         assert table['eot'] == ln.merge[EOT] == faded[max(it - 10, 0)]
         assert it < 2 or torch.equal(ln.std, std)
-    frozen = ln.frozen(torch.randn(1, 1, 4).expand(1, 3, 4), torch.tensor([[TOKEN, BOS, EOT]]))
+    frozen = ln.frozen(torch.randn(39).expand(1, 3, 39), torch.tensor([[TOKEN, BOS, EOT]]))
     assert torch.equal(frozen[0, 0], frozen[0, 1]) and torch.equal(frozen[0, 0], frozen[0, 2])
-    # of 42 times the ordinary std, no iteration of the shipped fade makes more than 1.4 times more
-    fed = [1 + 41 * train.fade(k / 20) for k in range(21)]
-    assert max(b / a for a, b in zip(fed, fed[1:])) < 1.4 and fed[-1] == 42
 
 @pytest.mark.parametrize('name, layers, last', [
     ('fast', 12, 104), ('medium', 24, 188), ('large', 36, 534), ('xl', 48, 722)])
 def test_the_follow_ups_pace(name, layers, last, workspace):
-    cfg, model = train.load_config([f'config/remove_ln_{name}.py']), small_fake(layers)
+    cfg = train.load_config([f'config/remove_ln_{name}.py'])
+    model = random_model('fake', n_layer=layers)
     train.check_schedule(cfg, model, None)
-    assert events(cfg, model, lambda: torch.ones(99, 3))[0][-1] == (last, 'remove', 'ln_f')
-
-# -----------------------------------------------------------------------------
-# Training runs.
-
-def test_three_graphs_serve_a_whole_removal_with_a_teacher(workspace, monkeypatch):
-    """Training, evaluation, and the teacher's; fullgraph=True forbids a break."""
-    from torch._dynamo.testing import CompileCounter
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=counter))
-    here(f'{REMOVAL} {FULL} --out_dir=compiled --n_layer=1 --eval_interval=4 --compile=True')
-    assert counter.frame_count == 3
-    assert [e['event'] for e in log_of('compiled')].count('remove') == 4
+    assert events(cfg, model, lambda: torch.ones(99, 3))[-1] == (last, 'remove', 'ln_f')
 
 def assert_close(a, b):
     """Two logs tell of the same events; losses are equal to rounding."""
@@ -414,21 +359,26 @@ def assert_close(a, b):
             assert x.get(k, 0) == pytest.approx(y.get(k, 0), rel=2e-5, abs=2e-5), (x, y)
         assert x.get('std', {}) == pytest.approx(y.get('std', {}), rel=1e-4)
 
-def test_how_a_batch_is_cut_changes_no_loss(workspace):
+def test_three_graphs_serve_a_removal_and_no_cut_of_a_batch_changes_it(workspace, monkeypatch):
+    """The graphs: training, evaluation, and the teacher's; fullgraph=True forbids a break."""
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=counter))
     for size in (4, 1, 8):
-        here(f'{REMOVAL} {FULL} --out_dir=cut{size} --batch_size={size}')
+        here(f'{REMOVAL} {FULL} --out_dir=cut{size} --batch_size={size} --compile={size == 4}')
         assert_close(log_of(f'cut{size}'), log_of('cut4'))
-    assert all(e['kl'] > 0 for e in log_of('cut4') if e['event'] == 'train')
+    assert counter.frame_count == 3
 
 def test_no_device_synchronisation_in_a_plain_step(workspace, monkeypatch):
     """Only logged iterations (0, 50, 99) and the evaluations (0, 100) may read a value back."""
     seen = []
-
-    def spy_on(owner, name, original):
-        monkeypatch.setattr(owner, name, lambda *a, **kw: seen.append(name) or original(*a, **kw))
-    for name in ('item', 'tolist', 'cpu', 'numpy', '__bool__', '__float__', '__int__'):
-        spy_on(torch.Tensor, name, getattr(torch.Tensor, name))
-    spy_on(torch.optim.AdamW, 'step', torch.optim.AdamW.step)
+    reads = 'item', 'tolist', 'cpu', 'numpy', '__bool__', '__float__', '__int__'
+    for owner, name in [*((torch.Tensor, name) for name in reads), (torch.optim.AdamW, 'step')]:
+        def spy(*args, name=name, original=getattr(owner, name), **kwargs):
+            seen.append(name)
+            return original(*args, **kwargs)
+        monkeypatch.setattr(owner, name, spy)
     here(f'{TINY} --teacher=other --out_dir=nosync --max_iters=100 --log_interval=50')
     steps = ' '.join(seen).split('step')
     assert len(steps) == 101 and [i for i, s in enumerate(steps) if s.strip()] == [0, 1, 51, 100]
@@ -449,25 +399,22 @@ def test_evaluation_is_the_mean_over_whole_windows_whatever_the_batch(workspace,
         means = losses[np.arange(k) * n // k, :31 if window == 32 else 32].mean(1)
         found = train.validate(model, partial(model, return_stds=True), data)
         assert found == pytest.approx((means.mean(), means.std(ddof=1) / k ** 0.5), rel=1e-5)
-    there = {*Path('.').rglob('*')}
-    here('train.py config/eval.py --init_from=run --dataset=tiny')      # writes nothing
+    here('train.py config/eval.py --init_from=run --dataset=tiny --out_dir=never')
     assert f'val loss {losses.mean():.4f} nats per token' in capsys.readouterr().out
-    assert there == {*Path('.').rglob('*')}
+    assert not os.path.exists('never')      # it writes nothing
 
+@pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='no /proc')
 def test_an_evaluation_keeps_nothing_per_token():
-    memory, T, n = [], 1 << 16, 400     # 26M tokens: 105 MB at 4 bytes each
+    pages, T, n = [], 1 << 16, 400      # 26M tokens: 105 MB at 4 bytes each
     logits, y = torch.zeros(1, T, 2), torch.zeros(1, T, dtype=torch.int64)
 
     def windows():
-        for i in range(n):      # in use now, in kB, where there is a /proc
-            status = Path('/proc/self/status')
-            memory.append(int(re.search(r'VmRSS:\s+(\d+)', status.read_text())[1])
-                          if status.exists() else 0)
+        for i in range(n):
+            pages.append(int(Path('/proc/self/statm').read_text().split()[1]))      # in use now
             yield i, y, y
     data = SimpleNamespace(starts=range(n), windows=windows)
-    mean, _ = train.validate(random_model(), lambda x: (logits, None), data)
-    assert mean == pytest.approx(np.log(2))
-    assert memory[-1] - memory[20] < 30_000
+    train.validate(random_model(), lambda x: (logits, None), data)
+    assert (pages[-1] - pages[20]) * resource.getpagesize() < 30e6
 
 def test_batches_are_a_function_of_seed_and_iteration_however_they_are_cut(workspace):
     def batches(it, keys='', batch_size=4):
@@ -483,42 +430,32 @@ def test_batches_are_a_function_of_seed_and_iteration_however_they_are_cut(works
     assert torch.equal(mixed[2:], plain[2:]) and (mixed[:2, 32:] == -1).all()
     ids = torch.cat([batches(it, '--random_share=0.12')[:2, :32] for it in range(40)])
     assert len(ids.unique(dim=0)) == 80 and ids.max() == 256
-    assert torch.bincount(ids.flatten()).float().std() < 10     # uniform: about the root of 10
 
 @pytest.mark.parametrize('share, n_random', [(0.25, 0), (1, 0), (0.5, 6)])
 def test_the_gradient_is_that_of_the_mixed_loss(share, n_random, workspace):
     """(1 - a) * cross-entropy over text + a * KL(teacher || model) over all tokens."""
     cfg, data = opened(f'--distil={share} --random_share={n_random / 16} --grad_clip=0')
-    net, teacher, found = load('run').requires_grad_(True), load('other'), []
-    optimizer = train.make_optimizer(cfg, net)
-    optimizer.register_step_pre_hook(
-        lambda *_: found.extend(p.grad.clone() for p in net.parameters()))
-    losses, _, _ = train.step(cfg, 5, net, net, optimizer, data, contextlib.nullcontext(),
+    net, teacher = load('run').requires_grad_(True), load('other')
+    keep = SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda **_: None)
+    losses, _, _ = train.step(cfg, 5, net, net, keep, data, contextlib.nullcontext(),
                               partial(train.divergence, teacher))
-    net = load('run').requires_grad_(True)      # by hand, the batch in one piece
+    # by hand, the batch in one piece
     x, y = (torch.cat(z) for z in zip(*(data.batch(5, micro) for micro in range(4))))
     p, q = teacher(x)[0].softmax(-1), net(x)[0].softmax(-1)
     kl = (p * (p / q).log()).sum() / 512
     ce = -q[n_random:].gather(-1, y[n_random:, :, None]).log().mean()
     exact = torch.autograd.grad((1 - share) * ce + share * kl, [*net.parameters()])
     assert losses.tolist() == pytest.approx([ce.item(), kl.item()], rel=1e-5)
-    for a, b in zip(found, exact, strict=True):
-        assert difference(a, b) < 1e-5 * max(1, b.abs().max())
+    for p, grad in zip(net.parameters(), exact, strict=True):
+        assert difference(p.grad, grad) < 1e-5 * max(1, grad.abs().max())
 
 # -----------------------------------------------------------------------------
 # Ranks, resuming, and what goes wrong in a night.
 
-def wait_for(out_dir, n, process):
-    """Until the run has logged n training steps."""
-    log = Path(out_dir, 'log.jsonl')
-    while not log.exists() or log.read_text().count('"train"') < n:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-
 def test_killed_and_resumed_on_any_number_of_processes_gives_the_same_losses(workspace):
     long = f'{REMOVAL} {FULL} --max_iters=40 --eval_interval=8 --dropout=0.1'
     process = start(f'{long} --out_dir=killed')
-    wait_for('killed', 12, process)
+    assert any('12 | loss' in line for line in process.stdout)
     process.kill()
     process.wait()
     assert log_of('killed')[-1]['iter'] < 39
@@ -527,13 +464,12 @@ def test_killed_and_resumed_on_any_number_of_processes_gives_the_same_losses(wor
     three = start(f'{long} --out_dir=killed2 --init_from=resume', nproc=3)
     here(f'{long} --out_dir=whole')
     whole = log_of('whole')
-    here(f'{long} --out_dir=killed --init_from=resume')
-    assert log_of('killed') == whole        # to the last bit
+    for _ in range(2):      # and once more after its end
+        here(f'{long} --out_dir=killed --init_from=resume')
+        assert log_of('killed') == whole        # to the last bit
     assert torch.equal(load('killed/hf').lm_head.weight, load('whole/hf').lm_head.weight)
     finished(three)
     assert_close(log_of('killed2'), whole)
-    here(f'{long} --out_dir=killed --init_from=resume')     # after its end
-    assert log_of('killed') == whole
 
 def test_killed_while_a_checkpoint_is_written_the_last_one_is_there(folder):
     model.save_checkpoint('.', random_model(), iter=1)
@@ -546,92 +482,56 @@ def test_killed_while_a_checkpoint_is_written_the_last_one_is_there(folder):
     model.save_checkpoint('.', random_model(), iter=2)
     assert model.load_checkpoint('.')['iter'] == 2 and os.listdir('.') == ['ckpt.pt']
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(n, act): act() is called in the run's iteration n, before its step."""
-    step = train.step
-
-    def at_step(n, act):
-        monkeypatch.setattr(train, 'step', lambda cfg, it, *args: (
-            it == n and act(), step(cfg, it, *args))[1])
-    return at_step
-
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
-
-@pytest.fixture
-def handlers():
-    """Handlers of a program that calls train.main(), for each signal; they must come back."""
-    mine = lambda *args: None
-    old = {number: signal.signal(number, mine) for number in SIGNALS}
-    yield
-    back = [signal.signal(number, handler) for number, handler in old.items()]
-    assert back == [mine] * len(SIGNALS)
-
-@pytest.mark.parametrize('number', SIGNALS[:4])
-def test_signals_finish_the_iteration_and_save(number, workspace, at_step, handlers, capsys):
-    at_step(5, lambda: signal.raise_signal(number))
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1'])
+def test_signals_finish_the_iteration_and_save(name, workspace, monkeypatch, capsys):
+    step, number, mine = train.step, getattr(signal, name), lambda *args: None
+    monkeypatch.setattr(train, 'step', lambda cfg, it, *args: (
+        it in (5, 9) and signal.raise_signal(number), step(cfg, it, *args))[1])
+    old = signal.signal(number, mine)       # of a program that calls train.main()
     with pytest.raises(SystemExit) as e:
-        here(f'{TINY} --out_dir=stopped{number}')
+        here(f'{TINY} --out_dir={name}')
     assert e.value.code == 128 + number and e.value.__context__ is None
     assert 'stopped after iteration 5:' in capsys.readouterr().err
-    assert model.load_checkpoint(f'stopped{number}')['iter'] == 6
-
-def test_a_run_within_another_program(workspace, at_step, handlers, capsys):
-    """It gives the signals back, however it ends; in a thread, it trains without them."""
-    def bug():
-        raise ZeroDivisionError
-    here(f'{TINY} --out_dir=ended')
-    at_step(5, bug)
-    with pytest.raises(ZeroDivisionError):
-        here(f'{TINY} --out_dir=bug')
-    at_step(-1, bug)
-    thread = threading.Thread(target=here, args=[f'{TINY} --out_dir=thread'])
-    thread.start()
-    thread.join()
-    assert log_of('thread') == log_of('ended')
-    # nohup ignores SIGHUP, and so does the run
-    at_step(5, lambda: signal.raise_signal(signal.SIGHUP))
-    mine = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    here(f'{TINY} --out_dir=nohup')
-    assert signal.signal(signal.SIGHUP, mine) == signal.SIG_IGN
-    assert log_of('nohup') == log_of('ended')
+    assert model.load_checkpoint(name)['iter'] == 6
+    assert signal.signal(number, signal.SIG_IGN) == mine        # it is back
+    here(f'{TINY} --out_dir={name} --init_from=resume')     # nohup and & ignore some: so do we
+    assert signal.signal(number, old) == signal.SIG_IGN
+    assert log_of(name)[-1]['iter'] == 16
 
 def test_a_cell_that_failed_leaves_nothing_behind_in_a_notebook(workspace, monkeypatch, capsys):
     """A notebook keeps the exception. The GPU's memory is free, and the corrected cell runs."""
-    models, kept = [], []
+    models, kept, handler = [], [], signal.getsignal(signal.SIGTERM)
     errors = [torch.OutOfMemoryError('CUDA out of memory'), MemoryError(), UserError('other'),
               RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 
     def step(cfg, it, model, raw, *args):
         models.append(weakref.ref(raw))
         raise errors.pop()
+    cell = f'{TINY} --max_iters=2 --seed=0 --out_dir=cell'
     with monkeypatch.context() as patch:
         patch.setattr(train, 'step', step)
         for keys in ('--batch_tokens=500', '', *['--init_from=resume'] * 3):
             with pytest.raises(SystemExit) as e:
-                here(f'{TINY} --out_dir=cell {keys}')
+                here(f'{cell} {keys}')
             kept.append(e.value)
     error = capsys.readouterr().err
     assert error.count('\n') == 5 and error.count('train.py: out of memory') == 3
     gc.collect()
     assert len(models) == 4 and not any(ref() for ref in models)
-    here(f'{TINY} --out_dir=cell --init_from=resume')       # as it was advised
-    here(f'{TINY} --out_dir=ran_at_once')
-    assert log_of('cell') == log_of('ran_at_once')
+    assert signal.getsignal(signal.SIGTERM) == handler
+    # as it was advised; and in a thread, which may not ask for signals
+    thread = threading.Thread(target=here, args=[f'{cell} --init_from=resume'])
+    thread.start()
+    thread.join()
+    assert log_of('cell') == log_of('run')      # which had no trouble
 
 @pytest.mark.parametrize('env, place', [
-    ({'RANK': '3'}, (0, 0, 1)), ({'LOCAL_RANK': 'x', 'WORLD_SIZE': ''}, (0, 0, 1)),
-    ({'WORLD_SIZE': '2'}, (0, 0, 2)), ({'RANK': '3', 'WORLD_SIZE': '4'}, (3, 0, 4))])
-def test_what_another_launch_has_left_means_nothing(env, place, monkeypatch, capsys):
-    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
+    ({'RANK': '3', 'LOCAL_RANK': '2', 'WORLD_SIZE': ''}, (0, 0, 1)),
+    ({'RANK': '3', 'LOCAL_RANK': 'x', 'WORLD_SIZE': '4'}, (3, 0, 4))])
+def test_what_another_launch_has_left_means_nothing(env, place, monkeypatch):
+    monkeypatch.setattr(os, 'environ', env)
     assert model.place() == place
     fails('MASTER_ADDR.*torchrun', model.join_processes)
-    monkeypatch.setattr(model, 'LOCAL_RANK', 1)             # what fails there alone, it tells
-    monkeypatch.setattr(time, 'sleep', lambda s: None)      # torchrun may end it meanwhile
-    assert 'batch_size' in refused('train.py --batchsize=8', capsys)
 
 def test_machines_with_another_data_or_model_are_refused(workspace):
     put({'chdir.py': "import os\nos.chdir(os.environ['MACHINE'])"})
@@ -645,9 +545,9 @@ def test_machines_with_another_data_or_model_are_refused(workspace):
             port = str(server.getsockname()[1])
         env = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
         ranks = [start(f'{TINY} chdir.py --teacher=teacher --out_dir=never', env=env | {
-            'RANK': str(rank), 'LOCAL_RANK': '0', 'MACHINE': f'{name}_machine'})
-            for rank, name in enumerate(('here', what))]
-        for line, in map(told, ranks):      # each machine tells
+            'RANK': rank, 'LOCAL_RANK': rank, 'MACHINE': f'{name}_machine'})
+            for rank, name in (('0', 'here'), ('1', what))]
+        for line, in map(told, ranks):      # each process tells
             assert f'[1] have another {what} than process 0' in line
     assert not [*Path('.').glob('*_machine/never')]
 
@@ -673,13 +573,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(workspace, capsys, request):
     assert not log_of('new')
 
 @pytest.mark.parametrize('loss', [9.0, np.nan])
-def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(
-        loss, workspace, capsys, monkeypatch, tmp_path):
+def test_divergence_stops_a_run_and_its_last_checkpoint_stays(loss, workspace, capsys, monkeypatch):
     monkeypatch.setattr(train, 'validate', lambda raw, forward, data: (loss, 0.0)
                         if raw.sites_left() == ['ln_f'] else (6.0, 0.0))
-    error = refused(f'{REMOVAL} --out_dir={tmp_path}/out --eval_interval=1', capsys)
-    assert f'the loss is {loss:.4f}' in error and f'{tmp_path}/out/ckpt.pt' in error
-    assert model.load_checkpoint(tmp_path / 'out')['iter'] == 8
+    error = refused(f'{REMOVAL} --out_dir=diverged{loss} --eval_interval=1', capsys)
+    assert f'the loss is {loss:.4f}' in error and f'diverged{loss}/ckpt.pt' in error
+    assert model.load_checkpoint(f'diverged{loss}')['iter'] == 8
 
 # -----------------------------------------------------------------------------
 # The hard case: a model with GPT-2's giant vector, and what a removal hands over.
@@ -744,16 +643,16 @@ def test_the_readmes_snippets_and_the_handed_over_folder(flagship):
         assert difference(names['logits'], ours(names['idx'])[0]) < 3e-4, snippet
     assert {*os.listdir('out/demo/hf')} == {'README.md', 'config.json', 'model.safetensors',
                                             'tokenizer.json', 'tokenizer_config.json'}
-    card = Path('out/demo/hf/README.md').read_text()
-    assert all(f'{loss:.4f}' in card for loss in losses_of('out/demo', 'eval', 'val_loss')[[0, -1]])
     tokenizer = transformers.AutoTokenizer.from_pretrained('out/demo/hf')
-    ids = tokenizer('import os<|endoftext|>', return_tensors='pt')['input_ids']
-    assert ids.tolist() == [[*b'import os', 256]]
-    text = load_stock('out/demo/hf').generate(ids[:, :-1], max_new_tokens=40, do_sample=False)
-    assert torch.equal(text, load('out/demo').generate(ids[:, :-1], 40, temperature=0))
+    for text in (*NASTY[:2], *NASTY[3:], ''.join(map(chr, range(256)))):
+        ids = tokenizer(text + '<|endoftext|>')['input_ids']
+        assert ids == [*text.encode(), 256] and tokenizer.decode(ids[:-1]) == text
+    ids = torch.tensor([[*b'import os']])
+    theirs = load_theirs('out/demo/hf').generate(ids, max_new_tokens=40, do_sample=False)
+    assert torch.equal(theirs, load('out/demo').generate(ids, 40, temperature=0))
 
 # -----------------------------------------------------------------------------
-# What users bring: models.
+# What users bring: models, and HellaSwag.
 
 @pytest.fixture
 def hub(folder):
@@ -777,14 +676,12 @@ GPT2.from_pretrained('me/tiny').save_pretrained('copy', companions('me/tiny'))""
     assert difference(load('copy')(IDX)[0], ours(IDX)[0]) == 0
     assert Path('copy/tokenizer.json').read_bytes() == b'{}' and 'bin' not in str(downloads)
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ('ran',)
-
 def test_checkpoints_of_other_savers(folder):
     """Each computes what transformers computes from the same folder, or is refused."""
-    theirs = stock_model()
-    theirs.save_pretrained('saved')
+    class Evil:
+        __reduce__ = lambda self: (os.mkdir, ('ran',))
+    random_model().save_pretrained('saved')
+    theirs = load_theirs('saved')
     os.remove('saved/model.safetensors')
     sd, logits, config = theirs.state_dict(), theirs(IDX).logits, read_json('saved/config.json')
     renamed = lambda change: {change(k): v for k, v in sd.items()}
@@ -806,10 +703,10 @@ def test_checkpoints_of_other_savers(folder):
     fails('damaged', load, 'saved')
     assert not os.path.exists('ran')
 
-def own_tokenizer(folder, vocab_size=300, **config):
+def own_tokenizer(folder):
     """A folder with a byte-level tokenizer of its own, of which </s> is token 0."""
     bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train_from_iterator([(REPO / 'README.md').read_text()], vocab_size=vocab_size,
+    bpe.train_from_iterator([(REPO / 'README.md').read_text()], vocab_size=300,
                             special_tokens=['</s>', '<pad>'], show_progress=False)
     put({f'{folder}/tokenizer.json': bpe.to_str(),
          f'{folder}/tokenizer_config.json': '{"eos_token": {"content": "</s>"}}'})
@@ -828,11 +725,7 @@ def test_a_models_own_tokenizer_and_ids_are_handed_on(workspace, capsys):
         assert Path('german_run/hf', file).read_bytes() == Path('german', file).read_bytes()
     assert ids.items() <= read_json('german_run/hf/config.json').items()
     assert load('german_run/hf').config.eot_token_id == 0
-    # its numbers are random: the loss is worse than chance
-    assert 'warning: that is worse than chance' in capsys.readouterr().out
-
-# -----------------------------------------------------------------------------
-# HellaSwag.
+    assert 'warning: that is worse than chance' in capsys.readouterr().out  # its numbers are random
 
 def question(ctx_a='A man sits. He', ctx_b='', label=0,
              endings=('goes.', 'naïve 文字 “quote”.', 'no', 'is [title] Here [step] it  ends. ')):
@@ -845,12 +738,10 @@ QUESTIONS = [question(label=2), question('Then, the man.', 'the Woman', 2),
              question(endings=('y ' * 40, 'a', 'b', 'c'), label=3)]
 
 def test_hellaswag_texts_of_both_conventions():
-    texts = eval_hellaswag.texts
-    endings = ['goes.', 'naïve 文字 “quote”.', 'no']
-    assert texts(QUESTIONS[1], 'completion') == (
-        'Then, the man. the Woman', [*endings, 'is [title] Here [step] it  ends. '])
+    texts, endings = eval_hellaswag.texts, QUESTIONS[1]['endings']
+    assert texts(QUESTIONS[1], 'completion') == ('Then, the man. the Woman', endings)
     assert texts(QUESTIONS[1], 'harness') == (
-        'Sitting: Then, the man. The woman', [*endings, 'is. Here it ends.'])
+        'Sitting: Then, the man. The woman', [*endings[:3], 'is. Here it ends.'])
     assert texts(QUESTIONS[2], 'harness')[0] == 'Sitting: How to do. Begin. Now '
 
 def test_hellaswag_scores_equal_one_ending_at_a_time(workspace):
@@ -863,25 +754,22 @@ def test_hellaswag_scores_equal_one_ending_at_a_time(workspace):
     assert 'lost some on the left: 3' in finished(two)
     one = read_json('hs1.json')
     assert one == read_json('hs2.json') and one['questions'] == 5 and one['truncated'] == 3
-    right = dict.fromkeys(('acc', 'acc_norm', 'harness_acc', 'harness_acc_norm'), 0)
-    for q, found in zip(QUESTIONS, one['scores'], strict=True):
-        for style, prefix in (('completion', ''), ('harness', 'harness_')):
-            context, endings = eval_hellaswag.texts(q, style)
-            # the harness gives the spaces at the context's end to the ending
-            head, sums, means = context.rstrip() if prefix else context, [], []
-            for ending in endings:
-                ids = f'{context} {ending}'.encode()
-                n = min(len(ids) - len(head.encode()), 64)
-                ids = torch.tensor([*ids[-65:]])[:, None]
-                logp = model(ids[None, :-1, 0])[0][0].log_softmax(-1).gather(1, ids[1:])
-                sums.append(logp[-n:].sum().item())
-                length = len(ending) if prefix else n
-                means.append(sums[-1] / length if length else -np.inf)
-            assert found[style]['loglikelihood'] == pytest.approx(sums, abs=1e-3)
-            right[prefix + 'acc'] += np.argmax(sums) == int(q['label'])
-            right[prefix + 'acc_norm'] += np.argmax(means) == int(q['label'])
-    assert {name: one[name] for name in right} == {name: n / 5 for name, n in right.items()}
-    assert len({*right.values()}) == 4      # none could be taken for another
+    styles = ('completion', 'harness')
+    sums, lengths = np.zeros((2, 5, 2, 4))
+    for i, s, e in np.ndindex(5, 2, 4):     # question, style, ending
+        context, endings = eval_hellaswag.texts(QUESTIONS[i], styles[s])
+        ids = torch.tensor([*f'{context} {endings[e]}'.encode()])
+        # the harness gives the spaces at the context's end to the ending
+        n = min(len(ids) - len((context.rstrip() if s else context).encode()), 64)
+        logits = model(ids[None, -65:-1])[0][0]
+        sums[i, s, e] = -F.cross_entropy(logits[-n:], ids[-n:], reduction='sum')
+        lengths[i, s, e] = len(endings[e]) if s else n
+    found = [[q[style]['loglikelihood'] for style in styles] for q in one['scores']]
+    assert np.array(found) == pytest.approx(sums, abs=1e-3)
+    means, labels = sums / lengths.clip(1e-9), [[int(q['label'])] for q in QUESTIONS]
+    right = [*(sums.argmax(2) == labels).mean(0), *(means.argmax(2) == labels).mean(0)]
+    assert [one[k] for k in ('acc', 'harness_acc', 'acc_norm', 'harness_acc_norm')] == right
+    assert len({*right}) == 4       # none could be taken for another
     assert one['acc_stderr'] == pytest.approx((one['acc'] * (1 - one['acc']) / 4) ** 0.5)
 
 def test_the_questions_are_downloaded_whole_or_not_at_all(hub, monkeypatch):
@@ -925,8 +813,8 @@ def test_bins_of_any_layout_equal_tiktoken(folder, capsys, gpt2):
          'all/sub/a.jsonl': '\n'.join(json.dumps({'text': text}) for text in [*rows, None]),
          'all/sub/b.md': text.encode('utf-8-sig'), 'all/sub/c.txt': text.encode('utf-16'),
          'all/sub/d.jsonl.gz': gzip.compress(f'\ufeff{row}\n\n{row}\n'.encode()),
-         'all/sub/e.json': json.dumps([{'text': text}] * 2, indent=1), 'all/sub/f.json': f'{row}\n{row}',
-         'all/.hidden.txt': 'hidden'})
+         'all/sub/e.json': json.dumps([{'text': text}] * 2, indent=1),
+         'all/sub/f.json': f'{row}\n{row}', 'all/.hidden.txt': 'hidden'})
     os.symlink(os.path.abspath('all'), 'all/sub/loop')
     here('prepare.py all notes --val_fraction=0')
     expected = [bpe.encode_ordinary(t) + [50256] for t in (big, *NASTY, *rows, *[text] * 9)]
@@ -956,12 +844,14 @@ def test_a_long_text_is_read_in_parts_with_the_ids_of_the_whole(folder, gpt2):
 def test_what_cannot_be_read_is_an_error_with_its_place(folder, capsys):
     put({'latin/a.txt': 'x', 'latin/b.txt': b'good\n' * 100_000 + b'caf\xe9 ' * 9999, 'w': 'w',
          'wide.txt': 'no mark'.encode('utf-16-le'), 'x/y.jsonl.zst': 'x', 'empty/.hidden': '',
-         't.csv': 'text\nx', 'half.jsonl': '{"text": "fine"}\n{"text": \n{}\n', 't.jsonl': '{"body": "x"}'})
+         't.csv': 'text\nx', 't.jsonl': '{"body": "x"}',
+         'half.jsonl': '{"text": "fine"}\n{"text": \n{}\n'})
     for n in ('257', '-1', '1.5', '"7"'):
         put({f'ids{n}.jsonl': '{"input_ids": [256]}\n{"input_ids": [%s]}' % n})
     for line, *said in (
             ('latin', 'b.txt', 'byte 500,003', 'iconv -c'), ('wide.txt', 'byte-order mark'),
-            ('x', 'y.jsonl.zst', 'unpack'), ('t.csv', 'jsonl'), ('half.jsonl', 'row 2'), ('t.jsonl', 'row 1', 'body'),
+            ('x', 'y.jsonl.zst', 'unpack'), ('t.csv', 'jsonl'), ('half.jsonl', 'row 2'),
+            ('t.jsonl', 'row 1', 'body'),
             ('ids257.jsonl', 'row 2', '257'), ('ids-1.jsonl', '-1'), ('ids1.5.jsonl', '1.5'),
             ('ids"7".jsonl', '7'), ('empty', '.parquet'), ('w --max_tokens=0', '0'),
             ('w --name=../w', '../w'), ('w --tokenizer=empty', 'tokenizer.json')):
@@ -996,20 +886,10 @@ def test_a_folders_tokenizer_needs_no_network_and_is_copied(folder, capsys, monk
     for eos, eot in ((1, 1), ([5, 0], 5), (70_000, 0), (None, 0)):
         put({'own/config.json': json.dumps({'eos_token_id': eos})})
         assert prepare.get_tokenizer('own').eot == eot
-    model.save_checkpoint('run', random_model(vocab_size=300))
-    shutil.copytree('data/t/tokenizer', 'run/tokenizer')
-    assert prepare.get_tokenizer('run').encode('Grüße').tolist() == bpe.encode('Grüße').ids
     large = read_json('own/tokenizer.json')
     large['model']['vocab'] |= {f'more{i}': i for i in range(300, 65537)}
     put({'own/tokenizer.json': json.dumps(large)})
     assert '65,537 tokens' in refused('prepare.py t.txt --name=x --tokenizer=own', capsys)
-
-def test_bytes_files_are_what_transformers_reads(folder):
-    put(prepare.get_tokenizer('bytes').files | {'config.json': '{"model_type": "gpt2"}'})
-    tokenizer = transformers.AutoTokenizer.from_pretrained('.')
-    for text in [*NASTY[:2], *NASTY[3:], ''.join(map(chr, range(256)))]:
-        ids = tokenizer(text + '<|endoftext|>')['input_ids']
-        assert ids == [*text.encode(), 256] and tokenizer.decode(ids[:-1]) == text
 
 def test_presets_set_nanogpts_documents_aside_or_are_windows(folder, monkeypatch):
     split = datasets.Dataset.from_dict({'n': range(5000)}).train_test_split(0.0005, seed=2357)
@@ -1051,29 +931,25 @@ for line in ('configs', 'nothing', 'sound', 'lines', 'configs --config=two'):
 @pytest.fixture(scope='session')
 def broken(workspace):
     """What the cases below refer to."""
-    here(f'{REMOVAL} --out_dir=free')
-    for name in ('odd', 'strange', 'big', 'cut'):
-        shutil.copytree('data/tiny', f'data/{name}')
-    for name in ('damaged', 'nolog'):
-        shutil.copytree('run', name)
+    for name in ('data/odd', 'data/big', 'data/cut'):
+        shutil.copytree('data/tiny', name)
+    shutil.copytree('run', 'nolog')
     ids = Path('data/tiny/train.bin').read_bytes()
     put({'words.txt': 'some words', 'crash.py': 'max_iters = 1 / 0', 'twelve.py': 'n_layer = 12',
-         'data/odd/train.bin': ids + b'x', 'nolog/log.jsonl': '{', 'data/strange/meta.json': '{',
+         'data/odd/train.bin': ids + b'x', 'nolog/log.jsonl': '{',
          'data/big/train.bin': np.full(len(ids) // 2, 60000, np.uint16).tobytes(),
          'data/cut/meta.json': Path('data/tiny/meta.json').read_text().replace('257', '400'),
-         'damaged/ckpt.pt': Path('run/ckpt.pt').read_bytes()[:3000],
          'good.jsonl': json.dumps(question()), 'bad.jsonl': '\n' + json.dumps(question(label=4))})
     infinite = random_model('none', block_size=64, vocab_size=257)
     infinite.wte.weight[ord('t')] = 3e38
     model.save_checkpoint('infinite', infinite)
     random_model(vocab_size=300).save_pretrained('odd_vocab')
-    fading = as_fake(load('model'))
+    fading = GPT2.from_pretrained('model', 'fake')
     fading.sites()['h.1.ln_1.v'].fill_(0.5)
     model.save_checkpoint('fading', fading)
 
 NEW = f'{TINY} --out_dir=never'
 LOADED = 'train.py tiny.py --out_dir=never --init_from=model'
-RESUME = f'{TINY} --init_from=resume --out_dir='
 
 @pytest.mark.parametrize('line, said', [
     ('train.py --batchsize=8', 'batch_size'),
@@ -1082,25 +958,21 @@ RESUME = f'{TINY} --init_from=resume --out_dir='
     ('train.py --batch_size 8', '--key=value'),
     ('train.py crash.py', 'ZeroDivisionError'),
     ('train.py --dtype=float16', 'float16'),
+    (f'{NEW} --random_share=0.1', '--teacher='),
+    (f'{NEW} remove.py --gap_ln2=-5', 'h.1.ln_2'),
     (f'{NEW} --device=abacus', '--device=auto'),
     (f'{NEW} --dataset=nothing', '--name=nothing'),
     (f'{NEW} --dataset=odd', 'data/odd/train.bin'),
-    (f'{NEW} --dataset=strange', 'data/strange'),
     (f'{LOADED} --dataset=big', '60000'),
     (f'{LOADED} --dataset=cut', '400'),
     (f'{LOADED} twelve.py', 'n_layer is 12'),
     (f'{NEW} --batch_tokens=500', 'batch_tokens=500'),
     (f'{NEW} --teacher=odd_vocab', '300'),
-    (f'{NEW} --random_share=0.1', '--teacher='),
     (f'{NEW} remove.py --max_iters=10', 'ln_f is not gone'),
-    (f'{NEW} remove.py --gap_ln2=-5', 'h.1.ln_2'),
-    (f'{LOADED} remove.py --init_from=free', '-1'),
     (f'{LOADED} remove.py --init_from=fading', 'h.1.ln_1.v is at 0.5'),
     (f'{NEW} --init_from=no/such', 'no/such'),
-    (f'{LOADED} --init_from=damaged', 'damaged'),
-    (f'{RESUME}free remove.py --start_lnf=17 --max_iters=20', 'ln_f'),
-    (f'{RESUME}nolog', 'log.jsonl'),
-    (f'{RESUME}run --eval_iters=5', 'windows'),
+    (f'{TINY} --init_from=resume --out_dir=nolog', 'log.jsonl'),
+    (f'{TINY} --init_from=resume --out_dir=run --eval_iters=5', 'windows'),
     (f'{NEW} --out_dir=run', '--init_from=resume'),
     (f'{NEW} --out_dir=words.txt/x', 'words.txt'),
     ('train.py config/eval.py --dataset=tiny --init_from=infinite', 'diverged'),
@@ -1108,7 +980,7 @@ RESUME = f'{TINY} --init_from=resume --out_dir='
     ('eval_hellaswag.py infinite --data=good.jsonl', 'question 1'),
     ('eval_hellaswag.py odd_vocab --data=good.jsonl', '300')])
 def test_bad_input_is_told_in_one_line(line, said, broken, capsys):
-    look = lambda: {p: p.stat().st_mtime_ns for folder in ('run', 'free', 'data', 'nolog')
+    look = lambda: {p: p.stat().st_mtime_ns for folder in ('run', 'data', 'nolog')
                     for p in Path(folder).rglob('*') if p.is_file()}
     kept = look()
     assert said in refused(line, capsys)
@@ -1116,6 +988,5 @@ def test_bad_input_is_told_in_one_line(line, said, broken, capsys):
 
 def test_a_missing_compiler_is_one_line(workspace):
     env = {'CXX': '/nowhere/g++', 'TORCHINDUCTOR_CACHE_DIR': os.path.abspath('cache')}
-    process = start(f'{TINY} --out_dir=nocc --n_layer=1 --compile=True', env=env)
-    line, = told(process)
+    line, = told(start(f'{TINY} --out_dir=nocc --n_layer=1 --compile=True', env=env))
     assert '--compile=False' in line
