@@ -303,6 +303,7 @@ class GPT2(nn.Module):
         """A float32 model of GPT2Config's fields and a state dict, in ln_mode if that is exact."""
         try:
             config = GPT2Config(**model_args | {'dropout': dropout})
+            free = config.ln_mode == 'real' and config.layer_norm_epsilon >= 1e6    # LN is gone
             if config.tie_word_embeddings:      # stored under either name, or both
                 wte = sd.setdefault('wte.weight', sd.get('lm_head.weight'))
                 head = sd.setdefault('lm_head.weight', wte)
@@ -316,7 +317,6 @@ class GPT2(nn.Module):
             raise UserError(f"{source} is not a GPT-2's: {one_line(e)}")
         if config.tie_word_embeddings:      # assigning gave each a parameter of its own
             model.lm_head.weight = model.wte.weight
-        free = config.ln_mode == 'real' and config.layer_norm_epsilon >= 1e6    # a removed LN
         if free or ln_mode == 'none' != config.ln_mode:
             model = model.fold_ln()
         if ln_mode in (None, model.config.ln_mode):

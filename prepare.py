@@ -36,15 +36,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from model import UserError, check, command, companions, local_folder, one_line, write
+from model import (UserError, check, command, companions, load_checkpoint, local_folder, one_line,
+                   write)
 
-# name: (hub dataset, its revision, val_fraction); those of val_fraction 1 are for evaluation
+# name: (hub dataset, its revision, val_fraction). The rows of the piles are windows of token ids
 PRESETS = {
     'openwebtext': ('Skylion007/openwebtext', '79d93d786212f7344586290adb811d4ae6a1762c', 0.0005),
     'pile': ('apollo-research/monology-pile-uncopyrighted-tokenizer-gpt2', 'main', 1.0),
     'pile_filtered': ('lucabaroni/apollo-pile-filtered-10k', 'main', 1.0),
     'stdlib': (None, None, 0.05)}
-WINDOWS = {'pile', 'pile_filtered'}     # their rows are windows of a longer stream of token ids
 FILES = 'train.bin', 'val.bin', 'meta.json'
 KINDS = '.txt', '.text', '.md', '.jsonl', '.ndjson', '.json', '.parquet'
 OPEN = {'': open, '.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': None, '.zip': None}
@@ -95,8 +95,7 @@ def prepare(o, tokenizer, folder):
           f"{total / (time.time() - started):,.0f} tokens/s")
 
 def encoded(documents, encode):
-    """(document, ends) -> (token ids, ends), in order, by all cores, in bounded memory. Threads
-    are enough, as the tokenizers let go of the interpreter while they encode."""
+    """(document, ends) -> (token ids, ends), in order, by threads, in bounded memory."""
     def work(document, ends):
         return encode(document) if isinstance(document, str) else document, ends
     ready, cores = [], os.cpu_count() or 1
@@ -177,8 +176,8 @@ def file_rows(path, column, encode):
                 try:
                     value = json.loads(whole)
                 except ValueError:
-                    value = map(json.loads, filter(str.strip, whole.splitlines()))
-                yield from [value] if isinstance(value, dict) else value
+                    value = map(json.loads, filter(str.strip, io.StringIO(whole)))
+                yield from value if isinstance(value, (list, map)) else [value]
             else:
                 yield from parts(text, encode)
         except UnicodeDecodeError as e:     # e.object: the bytes that were read last
@@ -210,10 +209,8 @@ def wanted(names, column):
 def cell(row, o, tokenizer):
     """What a row holds: a text, a uint16 array of token ids, or None for null."""
     value = row[wanted(row, o.column)] if isinstance(row, dict) else row
-    if isinstance(value, str):      # JSON can hold lone surrogates
-        return value.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    if value is None:
-        return None
+    if value is None or isinstance(value, str):     # JSON can hold lone surrogates
+        return value and value.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     ids = value if isinstance(value, list) else [value]
     bad = [i for i in ids if type(i) is not int or not 0 <= i < tokenizer.vocab_size]
     check(not bad, f"{bad[:1]}: expected text, or ids below {tokenizer.vocab_size}: --tokenizer=?")
@@ -245,15 +242,14 @@ def get_tokenizer(name):
     try:
         bpe = tiktoken.get_encoding('gpt2')
     except Exception as e:      # requests' many ways of failing
-        raise UserError(f"cannot download GPT-2's BPE ({type(e).__name__}): set TIKTOKEN_CACHE_DIR "
-                        f"to a copy of its cache, or name a folder that has a tokenizer.json")
+        raise UserError(f"no GPT-2 BPE: set TIKTOKEN_CACHE_DIR or --tokenizer= ({one_line(e)})")
     encode = lambda text: bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
     return Tokenizer(name, 50257, 50256, encode, {})
 
 def model_tokenizer(name):
-    """The tokenizer.json of a model. End-of-text is config.json's (a list's first) if that is a
+    """The tokenizer.json of a model. End-of-text is the model's (a list's first) if that is a
     token; or else tokenizer_config.json's; or else <|endoftext|>."""
-    files, config = companions(name), Path(local_folder(name), 'config.json')
+    files, folder, eos = companions(name), Path(local_folder(name)), None
     try:
         from tokenizers import Tokenizer as BPE
         bpe = BPE.from_str(files['tokenizer.json'].decode('utf-8-sig'))
@@ -261,7 +257,10 @@ def model_tokenizer(name):
         bpe.no_truncation()     # the file may ask for these, for the sake of a batch
         bpe.no_padding()
         vocab = bpe.get_vocab()
-        eos = json.loads(config.read_bytes()).get('eos_token_id') if config.exists() else None
+        if (folder / 'ckpt.pt').exists():       # a run
+            eos = load_checkpoint(folder)['model_args']['eot_token_id']
+        elif (folder / 'config.json').exists():
+            eos = json.loads((folder / 'config.json').read_bytes()).get('eos_token_id')
         token = json.loads(files.get('tokenizer_config.json', '{}')).get('eos_token')
         token = token['content'] if isinstance(token, dict) else token or '<|endoftext|>'
         eos = eos[0] if isinstance(eos, list) else eos
@@ -297,7 +296,7 @@ def main(argv):
     first, local = o.sources[0], any(map(os.path.exists, o.sources))
     if o.val_fraction is None:
         o.val_fraction = 0.01 if local or first not in PRESETS else PRESETS[first][2]
-    o.windows = not local and WINDOWS >= {*o.sources}
+    o.windows = not local and {'pile', 'pile_filtered'} >= {*o.sources}
     check(0 <= o.val_fraction <= 1, f"--val_fraction={o.val_fraction}: expected 0 to 1")
     name = o.name or os.path.basename(os.path.abspath(first)).split('.')[0]
     check(re.fullmatch(r'\w[\w.-]*', name), f"--name={name}: expected letters, digits, . _ and -")

@@ -620,7 +620,7 @@ def test_a_partial_removal_ends_with_its_checkpoint(workspace, capsys, monkeypat
         raise OSError(38, 'Function not implemented')
     monkeypatch.setattr(os, 'fsync', unknown)
     here(f'{REMOVAL} --start_ln1qk=-1 --start_ln1v=-1 --start_lnf=-1 --out_dir=partial')
-    assert 'partial/ckpt.pt, a model with 5 LN sites left' in capsys.readouterr().out
+    assert 'partial/ckpt.pt; no hf/: 5 LN sites are left' in capsys.readouterr().out
     # what is trained from it, without more removal, stays so; and the rest may go later
     kept = f'{TINY} --out_dir=kept --teacher=init_from'
     here(f'{kept} --init_from=partial --max_iters=2')
@@ -931,6 +931,7 @@ for line in ('configs', 'nothing', 'sound', 'lines', 'configs --config=two'):
 @pytest.fixture(scope='session')
 def broken(workspace):
     """What the cases below refer to."""
+    here(f'{REMOVAL} --out_dir=free')
     for name in ('data/odd', 'data/big', 'data/cut'):
         shutil.copytree('data/tiny', name)
     shutil.copytree('run', 'nolog')
@@ -952,7 +953,7 @@ NEW = f'{TINY} --out_dir=never'
 LOADED = 'train.py tiny.py --out_dir=never --init_from=model'
 
 @pytest.mark.parametrize('line, said', [
-    ('train.py --batchsize=8', 'batch_size'),
+    ('train.py --batchsize=8', "'batchsize'"),
     ('train.py --max_iters=1.5', '1.5'),
     ('train.py --batch_size=0', 'batch_size is 0'),
     ('train.py --batch_size 8', '--key=value'),
@@ -971,6 +972,10 @@ LOADED = 'train.py tiny.py --out_dir=never --init_from=model'
     (f'{NEW} remove.py --max_iters=10', 'ln_f is not gone'),
     (f'{LOADED} remove.py --init_from=fading', 'h.1.ln_1.v is at 0.5'),
     (f'{NEW} --init_from=no/such', 'no/such'),
+    (f'{TINY} --init_from=resume --out_dir=free', 'another schedule'),
+    (f'{TINY} --learning_rate=1e-5', 'min_lr'),
+    (f'{TINY} --seed=-1', 'seed is -1'),
+    (f'{NEW} remove.py --start_bos=100', 'bos is not gone'),
     (f'{TINY} --init_from=resume --out_dir=nolog', 'log.jsonl'),
     (f'{TINY} --init_from=resume --out_dir=run --eval_iters=5', 'windows'),
     (f'{NEW} --out_dir=run', '--init_from=resume'),

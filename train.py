@@ -14,7 +14,6 @@ never stopped. out_dir holds ckpt.pt, log.jsonl and, after a removal, hf/: the L
 import ast
 import builtins
 import contextlib
-import difflib
 import json
 import math
 import os
@@ -105,7 +104,7 @@ def load_config(argv):
             name, eq, value = arg[2:].partition('=')
             check(eq, f"{arg}: expected --key=value")
             if name in KEYS and KEYS[name].type is not str:
-                with contextlib.suppress(ValueError, SyntaxError):  # what is no literal is a text
+                with contextlib.suppress(ValueError, SyntaxError, TypeError):       # else a text
                     value = ast.literal_eval(value)
             found = {name: value}
         else:
@@ -119,8 +118,7 @@ def load_config(argv):
             found = {name: value for name, value in own.items() if name[0] != '_'
                      and not callable(value) and type(value) is not type(ast)}
         for name, value in found.items():
-            near = difflib.get_close_matches(name, KEYS, 1, 0)
-            check(name in KEYS, f"{arg}: unknown key {name!r}; did you mean {near}?")
+            check(name in KEYS, f"{arg}: unknown key {name!r}; the keys are Config's, in train.py")
             want = KEYS[name].type
             value = float(value) if want is float and type(value) is int else value
             check(isinstance(value, want) and not (want is int and type(value) is bool),
@@ -134,12 +132,18 @@ def load_config(argv):
 
 def check_config(cfg):
     """Raises UserError for values that nobody else would refuse."""
-    for name in 'eval_interval log_interval batch_size batch_tokens max_iters'.split():
-        check(getattr(cfg, name) >= 1, f"{name} is {getattr(cfg, name)}; expected at least 1")
-    for name in ('distil', 'random_share', 'dropout'):
-        check(0 <= getattr(cfg, name) <= 1, f"{name} is {getattr(cfg, name)}; expected 0 to 1")
+    positive = {'eval_interval', 'log_interval', 'batch_size', 'batch_tokens', 'max_iters'}
+    for name, key in KEYS.items():
+        value, low = getattr(cfg, name), int(name in positive)
+        check(key.type not in (int, float) or value >= low or name.startswith(('start_', 'gap_')),
+              f"{name} is {value}; expected at least {low}")
+    for name in ('distil', 'random_share', 'dropout', 'beta1', 'beta2'):
+        check(getattr(cfg, name) <= 1, f"{name} is {getattr(cfg, name)}; expected 0 to 1")
     check(cfg.dtype in ('auto', 'float32', 'bfloat16'), f"dtype is {cfg.dtype!r}: try --dtype=auto")
+    check(cfg.min_lr <= cfg.learning_rate or not cfg.decay_lr, f"min_lr={cfg.min_lr:g} is above "
+          f"learning_rate={cfg.learning_rate:g}: give both, or --decay_lr=False")
     check(cfg.teacher or not cfg.random_share, "random_share needs a --teacher=")
+    check(cfg.out_dir, "out_dir is empty")
 
 # -----------------------------------------------------------------------------
 # The removal: a table of gates, one pure function of the iteration. Edit it, print it, plot it.
@@ -204,9 +208,8 @@ def measure(model, forward, batches):
 
 def std_losses(stds, kinds):
     """-> (auxiliary loss, giant loss), from sigma (B, T) of each LN's input and kinds (B, T). The
-    first: how far the std before ln_f is from its mean over ordinary tokens, squared. The second,
-    summed over the special tokens: the squared logarithm of their std over that mean, where it is
-    above. Means are a sequence's own, so that batch_size and ranks do not change them."""
+    first: how far the std before ln_f is from its sequence's mean over ordinary tokens, squared.
+    The second: the squared logarithm of each special token's std over that mean, where above."""
     std, ordinary = torch.stack(stds), kinds == TOKEN           # (n_LN, B, T), (B, T)
     n = ordinary.sum(-1).clamp(min=1)
     mean = (std.detach() * ordinary).sum(-1) / n                # (n_LN, B)
@@ -403,8 +406,7 @@ def train(cfg):
         claim_out_dir(cfg, state)
         if not ckpt:        # shows that it can be written; the run can be resumed from now on
             save(cfg, raw, optimizer, state)
-    print0(f"{sum(p.numel() for p in raw.parameters()):,} parameters, on {WORLD} x {device} in "
-           f"{dtype}, {'compiled' if compiled else 'not compiled'}")
+    print0(f"{sum(p.numel() for p in raw.parameters()):,} parameters, {WORLD} x {device}, {dtype}")
     start = logged = state['iter']
     if start == 0:
         loss = state['best'] = evaluate(cfg, 0, raw, forward, data)
@@ -416,7 +418,6 @@ def train(cfg):
 
     with stop_signals() as asked:
         for it in range(start, cfg.max_iters):
-            # what the schedule has for this iteration
             batches = (data.batch(it, micro) for micro in range(RANK, data.n_micro, WORLD))
             for event in set_gates(cfg, it, raw, partial(measure, raw, forward, batches)):
                 log(cfg, **event)
@@ -432,8 +433,7 @@ def train(cfg):
                 speed = (done - logged) * cfg.batch_tokens / max(time.time() - then, 1e-9)
                 log(cfg, event='train', iter=it, **told, lr=lr, tok_per_s=round(speed, 1))
                 print0(f"iter {it:>6} | " + ''.join(f"{k} {v:.4f} | " for k, v in told.items())
-                       + f"lr {lr:.2e} | {speed:>11,.0f} tok/s | LN sites left "
-                       f"{len(raw.sites_left()):>3}")
+                       + f"lr {lr:.2e} | {speed:>11,.0f} tok/s")
                 then, logged = time.time(), done
 
             # evaluate and save: the model as this iteration left it
@@ -442,8 +442,10 @@ def train(cfg):
             if due:
                 state['best'] = evaluate(cfg, done, raw, forward, data, state['best'])
                 then, logged = time.time(), done
-            if RANK == 0 and (due or stop and norm.isfinite()):
-                save(cfg, raw, optimizer, state)
+            most = state['best'] + (cfg.guard_nats or math.inf)
+            if due or stop and all_reduce(losses.cpu().double())[0] < most:
+                if RANK == 0:
+                    save(cfg, raw, optimizer, state)
             if stop and done < cfg.max_iters:
                 print0(f"train.py: stopped after iteration {it}: go on with the same command and "
                        f"--init_from=resume", sys.stderr)
@@ -531,7 +533,7 @@ def load_model(cfg, meta):
                                 cfg.n_embd, cfg.dropout, mode or cfg.ln_mode))
     elif cfg.init_from == 'resume' and not cfg.eval_only:
         ckpt = load_checkpoint(source)
-        check('run' in ckpt, f"{source}/ckpt.pt is no run's: type --init_from={source}")
+        check('best' in ckpt, f"{source}/ckpt.pt is no run's: type --init_from={source}")
         model = GPT2.from_state(ckpt['model_args'], ckpt['model'], source, mode, cfg.dropout)
     else:
         model = GPT2.from_pretrained(source, mode, cfg.dropout)
@@ -546,15 +548,17 @@ def load_model(cfg, meta):
     return model, ckpt
 
 def check_schedule(cfg, model, ckpt):
-    """Raises UserError for a schedule that does not end in time, or does not begin or go on where
-    the model's gates are."""
-    done, n = ckpt['iter'] if ckpt else 0, model.config.n_layer
+    """Raises UserError for a schedule that does not end in time, or not fit the model or run."""
+    done, n, sites = ckpt['iter'] if ckpt else 0, model.config.n_layer, model.sites()
     now, last, ever = (gates(cfg, it, n) for it in (done - 1, cfg.max_iters - 1, 10 ** 9))
-    for site, gate in model.sites().items() if ever else ():
-        check(last[site] == ever[site], f"{site} is not gone by max_iters={cfg.max_iters}")
-        check(not ever[site] or abs(gate - now[site]) < 1e-6, f"{site} is at {gate:g}, for "
-              f"{now[site]:g} before iteration {done}: another schedule's? (start_... -1: never)")
-
+    old = Config(**{k: v for k, v in ckpt['config'].items() if k in KEYS}) if ckpt else cfg
+    check(done <= cfg.max_iters, f"{done} iterations are done: type --max_iters={done} or more")
+    check(gates(old, done - 1, n) == now, "the run had another schedule: give its config files")
+    for name, end in ever.items():
+        check(last[name] == end, f"{name} is not gone by max_iters={cfg.max_iters}")
+        gate = sites.get(name, now[name])       # of a site; 'bos' and 'eot' are none
+        check(gate in (0, 1) if end == 0 else ckpt or gate == now[name], f"{name} is at {gate:g}, "
+              f"not at this schedule's {now[name]:g} before iteration {done}: is its start_ -1?")
 
 def agree(cfg, data, models):
     """Raises UserError unless all ranks have the same config, data and loaded models."""
@@ -591,8 +595,7 @@ def save(cfg, raw, optimizer, state):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yields the list of signals received so far; each asks the run to finish the iteration and
-    save. A third Ctrl-C stops at once. Afterwards the old handlers are back."""
+    """Yields the list of signals received so far. Afterwards the old handlers are back."""
     asked, old = [], {}
     def ask(number, frame):
         asked.append(number)
@@ -630,8 +633,7 @@ def read_log(out_dir, event):
         return [entry for entry in map(json.loads, f) if entry['event'] == event]
 
 def evaluate(cfg, it, raw, forward, data, best=math.inf):
-    """Logs the validation loss after `it` iterations -> the lowest so far. Raises UserError where
-    it is NaN, infinite, or guard_nats above the lowest, before that is saved."""
+    """Logs the validation loss after `it` iterations -> the lowest so far. UserError: diverged."""
     loss, error = validate(raw, forward, data)
     if not cfg.eval_only:
         log(cfg, event='eval', iter=it, val_loss=loss, tokens=it * cfg.batch_tokens)
@@ -647,10 +649,7 @@ def log_giant(cfg, it, raw, forward, data):
     log(cfg, event='giant', iter=it,
         **{KINDS[k]: dict(zip(raw.layernorms(), times[k])) for k in (BOS, EOT)})
 
-CARD = """---
-tags: [gpt2, interpretability, layernorm-free]
----
-# A GPT-2 without LayerNorm (arXiv 2409.13710)
+CARD = """# A GPT-2 without LayerNorm (arXiv 2409.13710)
 
 The modules are still there, but with `layer_norm_epsilon` 1e12 each divides by 1e6, whatever the
 token. **A tool that sets its own epsilon computes nonsense without an error.** Behind
@@ -660,10 +659,12 @@ TransformerLens' `HookedTransformer.from_pretrained` type `for m in model.module
 
 def hand_over(cfg, raw):
     """Writes hf/ and its card, and prints the result, if no LayerNorm is left."""
-    if left := len(raw.sites_left()):
-        return print0(f"written: {cfg.out_dir}/ckpt.pt, a model with {left} LN sites left")
-    hf = os.path.join(cfg.out_dir, 'hf')
-    raw.save_pretrained(hf, companions(cfg.out_dir))    # first: nothing below can cost it
+    hf, left = os.path.join(cfg.out_dir, 'hf'), len(raw.sites_left())
+    try:        # first: nothing below can cost it
+        check(not left, f"{left} LN sites are left")
+        raw.save_pretrained(hf, companions(cfg.out_dir))
+    except UserError as e:
+        return print0(f"written: {cfg.out_dir}/ckpt.pt; no hf/: {e}")
     losses = [e['val_loss'] for e in read_log(cfg.out_dir, 'eval')]
     result = [f"{cfg.dataset}, nats per token: {losses[0]:.4f} before, {losses[-1]:.4f} now"]
     before, *_, after = read_log(cfg.out_dir, 'giant')

@@ -1,5 +1,5 @@
 """
-A teacher: behind any removal, half of the loss is the divergence from the model it began from, and
+A teacher: after any removal's config, half of the loss is the divergence from the model it began from, and
 some of the sequences are random tokens, on which the teacher alone says what follows.
 
     torchrun --nproc_per_node=8 train.py config/remove_ln_fast.py config/distil.py

@@ -77,7 +77,7 @@ def main(argv):
     print(f"{'nats per token':<30}" + ''.join(f'{h:>12}' for h in head))
     losses = {name: found[f'loss {i}'] for i, name in enumerate(names)}
     if len(names) == 2:
-        losses['first minus second'] = found['loss 0'] - found['loss 1']
+        losses['second minus first'] = found['loss 1'] - found['loss 0']
         losses['KL(first || second)'] = found['kl']
         losses['Jensen-Shannon divergence'] = found['jsd']
     for name, table in losses.items():
