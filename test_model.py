@@ -620,7 +620,7 @@ def test_a_partial_removal_ends_with_its_checkpoint(workspace, capsys, monkeypat
         raise OSError(38, 'Function not implemented')
     monkeypatch.setattr(os, 'fsync', unknown)
     here(f'{REMOVAL} --start_ln1qk=-1 --start_ln1v=-1 --start_lnf=-1 --out_dir=partial')
-    assert 'partial/ckpt.pt; no hf/: 5 LN sites are left' in capsys.readouterr().out
+    assert 'partial/ckpt.pt; no hf/: 5 of 7 sites' in capsys.readouterr().out
     # what is trained from it, without more removal, stays so; and the rest may go later
     kept = f'{TINY} --out_dir=kept --teacher=init_from'
     here(f'{kept} --init_from=partial --max_iters=2')

@@ -652,19 +652,19 @@ def log_giant(cfg, it, raw, forward, data):
 CARD = """# A GPT-2 without LayerNorm (arXiv 2409.13710)
 
 The modules are still there, but with `layer_norm_epsilon` 1e12 each divides by 1e6, whatever the
-token. **A tool that sets its own epsilon computes nonsense without an error.** Behind
+token. **A tool that sets its own epsilon computes nonsense without an error.** After
 TransformerLens' `HookedTransformer.from_pretrained` type `for m in model.modules(): if hasattr(m,
 'eps'): m.eps = 1e12`. Weights of 1e6 do not fit float16.
 """
 
 def hand_over(cfg, raw):
     """Writes hf/ and its card, and prints the result, if no LayerNorm is left."""
-    hf, left = os.path.join(cfg.out_dir, 'hf'), len(raw.sites_left())
-    try:        # first: nothing below can cost it
-        check(not left, f"{left} LN sites are left")
-        raw.save_pretrained(hf, companions(cfg.out_dir))
-    except UserError as e:
+    hf = os.path.join(cfg.out_dir, 'hf')
+    try:
+        raw.fold_ln()
+    except UserError as e:      # a partial removal, or a fork's LayerNorm
         return print0(f"written: {cfg.out_dir}/ckpt.pt; no hf/: {e}")
+    raw.save_pretrained(hf, companions(cfg.out_dir))    # first: nothing below can cost it
     losses = [e['val_loss'] for e in read_log(cfg.out_dir, 'eval')]
     result = [f"{cfg.dataset}, nats per token: {losses[0]:.4f} before, {losses[-1]:.4f} now"]
     before, *_, after = read_log(cfg.out_dir, 'giant')

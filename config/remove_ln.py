@@ -9,7 +9,8 @@ The paper's text gives position 0 and end-of-text constants of their own, and ma
 ordinary ones in one iteration each, at 1060 and 1160; that wrecks a model with GPT-2's giant vector
 (experiments/README.md). Its code gave position 0 the ordinary constant from the start. We do as its
 code did, for end-of-text too, at the paper's pace, but fade each site over 20 iterations and add
-the follow-up's auxiliary loss, which takes a quarter off the gap on our stand-in.
+the follow-up's auxiliary loss, which takes a quarter off the gap on our stand-in, and the giant
+loss, which shrinks the vector from the first iteration on.
 
 batch_size * 1024 must divide batch_tokens; it changes the speed and memory, not the result.
 """
