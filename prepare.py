@@ -221,11 +221,11 @@ def hub_rows(source, o):
     from datasets import load_dataset_builder
     name, revision, _ = PRESETS.get(source, (source, None, None))
     builder = load_dataset_builder(name, o.config, revision=revision)
-    rows = builder.as_streaming_dataset(o.split)
+    rows = builder.as_streaming_dataset(o.split or 'train')
     column = wanted(rows.column_names or next(iter(rows)), o.column)
     if hasattr(builder.config, 'columns'):      # parquet: the others are not downloaded
         builder.config.columns = [column]
-        rows = builder.as_streaming_dataset(o.split)
+        rows = builder.as_streaming_dataset(o.split or 'train')
     yield from rows.select_columns([column])    # nor decoded: pictures, sound
 
 # encode: text -> (n,) uint16 token ids. files: {name: bytes}, what stands in tokenizer/.
@@ -291,12 +291,13 @@ def main(argv):
     parser.add_argument('sources', nargs='+', type=os.path.expanduser)
     for key in ('name', 'tokenizer', 'config', 'split', 'column', 'max_tokens', 'val_fraction'):
         parser.add_argument(f'--{key}', type={'max_tokens': int, 'val_fraction': float}.get(key))
-    parser.set_defaults(tokenizer='gpt2', split='train', max_tokens=1 << 62)
+    parser.set_defaults(tokenizer='gpt2', max_tokens=1 << 62)
     o = parser.parse_intermixed_args(argv)
-    first, local = o.sources[0], any(map(os.path.exists, o.sources))
+    first, here = o.sources[0], [*map(os.path.exists, o.sources)]
     if o.val_fraction is None:
-        o.val_fraction = 0.01 if local or first not in PRESETS else PRESETS[first][2]
-    o.windows = not local and {'pile', 'pile_filtered'} >= {*o.sources}
+        o.val_fraction = 0.01 if any(here) or first not in PRESETS else PRESETS[first][2]
+    o.windows = not any(here) and {'pile', 'pile_filtered'} >= {*o.sources}
+    check(not all(here) or not (o.config or o.split), f"{first} is here: drop --config and --split")
     check(0 <= o.val_fraction <= 1, f"--val_fraction={o.val_fraction}: expected 0 to 1")
     name = o.name or os.path.basename(os.path.abspath(first)).split('.')[0]
     check(re.fullmatch(r'\w[\w.-]*', name), f"--name={name}: expected letters, digits, . _ and -")

@@ -854,7 +854,8 @@ def test_what_cannot_be_read_is_an_error_with_its_place(folder, capsys):
             ('t.jsonl', 'row 1', 'body'),
             ('ids257.jsonl', 'row 2', '257'), ('ids-1.jsonl', '-1'), ('ids1.5.jsonl', '1.5'),
             ('ids"7".jsonl', '7'), ('empty', '.parquet'), ('w --max_tokens=0', '0'),
-            ('w --name=../w', '../w'), ('w --tokenizer=empty', 'tokenizer.json')):
+            ('w --name=../w', '../w'), ('w --tokenizer=empty', 'tokenizer.json'),
+            ('w --split=test', 'drop')):
         error = refused(f'prepare.py --tokenizer=bytes --name=x {line}', capsys)
         assert all(word in error for word in said) and not os.path.exists('data/x'), error
 
