@@ -564,6 +564,8 @@ def test_a_resumed_run_is_the_same_run_in_wandb(workspace, monkeypatch):
 def test_a_full_disk_leaves_the_last_checkpoint(workspace, capsys, request):
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)     # of a file's size
     request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard)))
+    put({'blocked/hf': ''})     # a hand-over that fails costs nothing
+    assert 'blocked/hf' in refused(f'{REMOVAL} --out_dir=blocked', capsys) and load('blocked')
     shutil.copytree('run', 'full')
     kept = Path('full/ckpt.pt').read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 5, hard))
