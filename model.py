@@ -245,7 +245,6 @@ class GPT2(nn.Module):
         Raises UserError unless every gate is 1 and every LN has one constant."""
         sd, eps = self._stock(HF_EPS)
         check(eps >= 1e6, "cannot fold: each LayerNorm still divides by the token's own std")
-        sd = {k: v.clone() for k, v in sd.items()}
         for name in self.layernorms():
             reader = self.reader(name)
             w, b = (sd.pop(f'{name}.{p}').double() for p in ('weight', 'bias'))
@@ -253,8 +252,9 @@ class GPT2(nn.Module):
             Ws = W * (w / math.sqrt(eps))
             sd[f'{reader}.weight'] = (Ws - Ws.mean(1, keepdim=True)).to(W.dtype)
             sd[f'{reader}.bias'] = sd.get(f'{reader}.bias', 0) + W.double() @ b
-        args = vars(self.config) | {'ln_mode': 'none'}
-        model = self.from_state(args, sd, 'the folded model', dropout=self.config.dropout)
+        with torch.device('meta'):
+            model = type(self)(replace(self.config, ln_mode='none'))
+        model.load_state_dict({k: v.clone() for k, v in sd.items()}, assign=True)
         return model.to(self.wte.weight).train(self.training)
 
     @torch.no_grad()

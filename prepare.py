@@ -249,9 +249,9 @@ def get_tokenizer(name):
 def model_tokenizer(name):
     """The tokenizer.json of a model. End-of-text is the model's (a list's first) if that is a
     token; or else tokenizer_config.json's; or else <|endoftext|>."""
+    from tokenizers import Tokenizer as BPE
     files, folder, eos = companions(name), Path(local_folder(name)), None
     try:
-        from tokenizers import Tokenizer as BPE
         bpe = BPE.from_str(files['tokenizer.json'].decode('utf-8-sig'))
         bpe.encode_special_tokens = True    # those that are written in a text are text
         bpe.no_truncation()     # the file may ask for these, for the sake of a batch
@@ -265,7 +265,7 @@ def model_tokenizer(name):
         token = token['content'] if isinstance(token, dict) else token or '<|endoftext|>'
         eos = eos[0] if isinstance(eos, list) else eos
         eot = eos if eos in vocab.values() else vocab[token]
-    except Exception as e:      # no such package; damage, which has many names
+    except Exception as e:      # damage has many names
         raise UserError(f"{name}: cannot read tokenizer.json and an end-of-text ({one_line(e)}): "
                         f"AutoTokenizer's save_pretrained writes them; or type --tokenizer=bytes")
     size = max(vocab.values()) + 1

@@ -113,7 +113,7 @@ def load_config(argv):
             own = {'__file__': os.path.abspath(arg), '__builtins__': vars(builtins) | known}
             try:
                 exec(compile(Path(arg).read_text('utf-8-sig'), arg, 'exec'), own)
-            except Exception as e:      # it is a program, and may fail in any way
+            except (Exception, SystemExit) as e:    # it is a program, and may fail in any way
                 raise UserError(f"{arg}: {type(e).__name__}: {one_line(e)}")
             found = {name: value for name, value in own.items() if name[0] != '_'
                      and not callable(value) and type(value) is not type(ast)}
@@ -135,10 +135,10 @@ def check_config(cfg):
     positive = {'eval_interval', 'log_interval', 'batch_size', 'batch_tokens', 'max_iters'}
     for name, key in KEYS.items():
         value, low = getattr(cfg, name), int(name in positive)
-        check(key.type not in (int, float) or value >= low or name.startswith(('start_', 'gap_')),
-              f"{name} is {value}; expected at least {low}")
+        check(key.type not in (int, float) or name.startswith(('start_', 'gap_'))
+              or low <= value < math.inf, f"{name} is {value}; expected at least {low}")
     for name in ('distil', 'random_share', 'dropout', 'beta1', 'beta2'):
-        check(getattr(cfg, name) <= 1, f"{name} is {getattr(cfg, name)}; expected 0 to 1")
+        check(getattr(cfg, name) <= 1 - 1e-6 * ('beta' in name), f"{name} is too large: 0 to 1")
     check(cfg.dtype in ('auto', 'float32', 'bfloat16'), f"dtype is {cfg.dtype!r}: try --dtype=auto")
     check(cfg.min_lr <= cfg.learning_rate or not cfg.decay_lr, f"min_lr={cfg.min_lr:g} is above "
           f"learning_rate={cfg.learning_rate:g}: give both, or --decay_lr=False")
