@@ -316,8 +316,8 @@ def test_the_papers_pace_event_by_event(workspace):
                 *[(440 + 20 * i, 'remove', f'h.{i}.ln_1.qk') for i in range(12)],
                 *[(680 + 30 * i, 'remove', f'h.{i}.ln_1.v') for i in range(12)],
                 (1040, 'remove', 'ln_f')]
-    cfg = train.load_config('config/remove_ln.py --start_eot=1060 --start_bos=1160 '
-                            '--taper_iters=0'.split())
+    cfg = train.load_config('config/remove_ln.py config/distil.py --start_eot=1060 '
+                            '--start_bos=1160 --taper_iters=0'.split())
     for when, _, site in removals:      # abrupt: a gate is 0 before and 1 from then on
         assert [train.gates(cfg, it, 12)[site] for it in (0, when - 1, when, 1199)] == [0, 0, 1, 1]
     assert [train.gates(cfg, it, 12)['eot'] for it in (1059, 1060)] == [0, 1]
@@ -325,7 +325,7 @@ def test_the_papers_pace_event_by_event(workspace):
     model, measured = random_model('fake', n_layer=12), []
     logged = events(cfg, model, lambda: measured.append(torch.rand(25, 3)) or measured[-1])
     assert logged == [*removals, (1060, 'merge', 'eot'), (1160, 'merge', 'bos')]
-    assert len(measured) == 25
+    assert len(measured) == 25 and cfg.teacher == cfg.init_from == 'gpt2'
     for ln in model.layernorms().values():
         assert ln.merge.tolist() == [0, 1, 1] and any((ln.std == m).all(1).any() for m in measured)
 
