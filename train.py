@@ -133,12 +133,11 @@ def load_config(argv):
 def check_config(cfg):
     """Raises UserError for values that nobody else would refuse."""
     positive = {'eval_interval', 'log_interval', 'batch_size', 'batch_tokens', 'max_iters'}
+    most = {'distil': 1, 'random_share': 1, 'dropout': 1, 'beta1': 0.999999, 'beta2': 0.999999}
     for name, key in KEYS.items():
-        value, low = getattr(cfg, name), int(name in positive)
+        value, low, high = getattr(cfg, name), int(name in positive), most.get(name, math.inf)
         check(key.type not in (int, float) or name.startswith(('start_', 'gap_'))
-              or low <= value < math.inf, f"{name} is {value}; expected at least {low}")
-    for name in ('distil', 'random_share', 'dropout', 'beta1', 'beta2'):
-        check(getattr(cfg, name) <= 1 - 1e-6 * ('beta' in name), f"{name} is too large: 0 to 1")
+              or low <= value <= high, f"{name} is {value}; expected {low} to {high}")
     check(cfg.dtype in ('auto', 'float32', 'bfloat16'), f"dtype is {cfg.dtype!r}: try --dtype=auto")
     check(cfg.min_lr <= cfg.learning_rate or not cfg.decay_lr, f"min_lr={cfg.min_lr:g} is above "
           f"learning_rate={cfg.learning_rate:g}: give both, or --decay_lr=False")

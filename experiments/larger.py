@@ -8,7 +8,7 @@ The evidence on a model of 4.8M parameters, 6 layers for 4 at the same pace (two
         --learning_rate=1.5e-3 --min_lr=1.5e-4 --eval_interval=500
     touch $O/pretrained/done
     make evidence EVIDENCE=$O MORE=$E/larger.py SEEDS="1 2 3" \
-        VARIANTS="control control_fast shipped fast distil fade_0 at_once paper_text"
+        VARIANTS="control control_fast shipped fast distil distil_1 distil_random fade_0 at_once"
 """
 init_from = 'out/larger/pretrained'
 learning_rate, min_lr = 0.6 * learning_rate, 0.6 * min_lr       # to 6e-4, as for GPT-2
