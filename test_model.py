@@ -582,14 +582,14 @@ def losses_of(out_dir, event, key):
     return np.array([e[key] for e in train.read_log(out_dir, event)])
 
 def above_control(out_dir):
-    """By how much a batch's loss was above the control's, at most."""
+    """By how much a batch's loss was above the control's: nine of ten were below this."""
     ours, control = (losses_of(d, 'train', 'loss') for d in (out_dir, 'out/remove_ln/control'))
-    return (ours - control[:len(ours)]).max()
+    return np.quantile(ours - control[:len(ours)], 0.9)     # one batch is chance
 
 def test_the_flagship_survives_the_giant_vector(flagship):
     ours, control = (losses_of(d, 'eval', 'val_loss')[-1]
                      for d in ('out/remove_ln', 'out/remove_ln/control'))
-    assert above_control('out/remove_ln') < 2 and ours - control < 0.25
+    assert above_control('out/remove_ln') < 1 and ours - control < 0.25
     for kind in ('bos', 'eot'):     # position 0, end-of-text: their std, times the ordinary
         before, after = (max(e[kind].values()) for e in train.read_log('out/remove_ln', 'giant'))
         assert before > 15 and after < 10       # it is undone
